@@ -1,0 +1,305 @@
+"""The command line: `detr-lightning predict` and `detr-lightning validate`."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Read when jsonargparse is first imported: LightningCLI itself uses what jsonargparse deprecates.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from detr_lightning.data.datamodule import COCODataModule
+from detr_lightning.embeddings import dtype_of, shape_of
+from detr_lightning.extractor import DETRExtractor
+from detr_lightning.progress import ImageProgress
+from detr_lightning.store.run import IncompleteError, free_bytes
+from detr_lightning.store.state import BusyError
+from detr_lightning.writer import EmbeddingWriter
+
+LINKS = {"extract_type": "model.extract_type", "output_dir": "writer.output_dir"}
+"""Top-level keys, and the settings they stand for."""
+
+QUIET = (
+    r".*does not have many workers.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*multi-threaded, use of fork\(\) may lead to deadlocks.*",
+    r".*LightningCLI's args parameter is intended to run from within Python.*",
+)
+"""Warnings that Lightning, torch and Python give about each other, on which a user can do nothing."""
+
+
+class CommandError(ValueError):
+    """A command line or configuration that cannot be run."""
+
+
+class CommandParser(LightningArgumentParser):
+    """A parser that says what is wrong in a line or two."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what was wrong, with the nearest name that would be right.
+
+        Raises:
+            CommandError: Always.
+        """
+        text = " ".join(str(ex or message).split())
+        for target in LINKS.values():
+            if target in text:
+                text = f"{target} is set by its top-level key: use {_top_level(target)} instead."
+        unknown = re.search(r"(?:[Kk]ey '?|arguments?:? (?:--)?)([\w.]+)'?", text)
+        names = [action.dest for action in self._actions]
+        if unknown and unknown[1] not in names:
+            nested = re.search(r'"(predict|validate)"', text)
+            name = unknown[1].removeprefix(nested[1] + "." if nested else "")
+            near = difflib.get_close_matches(name, names, n=1)
+            if near:
+                text += f" Did you mean {near[0]!r}?"
+        raise CommandError(text)
+
+
+class DETRCLI(LightningCLI):
+    """LightningCLI with the two subcommands that extraction has."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        self.console = Console(stderr=True)
+        self.summary: dict[str, float] = {}
+        self._done = False
+        self._began = time.monotonic()
+        super().__init__(
+            DETRExtractor,
+            COCODataModule,
+            args=None if args is None else list(args),
+            parser_class=CommandParser,
+            save_config_callback=None,
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_model_summary": False,
+                "callbacks": [ImageProgress(self.console)],
+            },
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands, and the Trainer's arguments that they do not offer."""
+        offered = {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only"}
+        return {"predict": offered | {"return_predictions"}, "validate": offered | {"verbose"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is no setting of the model, the data or the Trainer."""
+        parser.add_lightning_class_args(EmbeddingWriter, "writer")
+        parser.add_argument(
+            "--extract_type", type=str, default="decoder", help="What to keep: all, decoder, encoder or backbone."
+        )
+        parser.add_argument(
+            "--output_dir", type=str, default="./embeddings_output", help="Where to; created if missing."
+        )
+        parser.add_argument("--dry_run", action="store_true", help="Say what would be done, and stop.")
+        for source, target in LINKS.items():
+            parser.link_arguments(source, target)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a linked setting in a YAML, which would be overwritten without a word.
+
+        Raises:
+            CommandError: There is one.
+        """
+        import yaml
+
+        for path in self.config[self.subcommand].config or ():
+            settings = yaml.safe_load(Path(path.absolute).read_text(encoding="utf-8"))
+            for target in LINKS.values():
+                group, key = target.split(".")
+                if isinstance(settings, dict) and key in (settings.get(group) or {}):
+                    raise CommandError(f"{path}: {target} is set by its top-level key: use {_top_level(target)} instead.")
+
+    @property
+    def writer(self) -> EmbeddingWriter:
+        """The callback that writes."""
+        writer: EmbeddingWriter = self._get(self.config_init, "writer")
+        return writer
+
+    def before_predict(self) -> None:
+        """Say what will be done, and refuse what cannot be.
+
+        Raises:
+            CommandError: The disk is too small, or the precision is not to be had.
+        """
+        self._check_precision()
+        self.datamodule.prepare_data()
+        run = self.writer.plan(self.trainer, self.model, self.datamodule)
+        self._done = run.complete
+        needed, free = self.writer.bytes_needed(self.model), free_bytes(self.writer.output_dir)
+        self._say(*self._announcement(len(run.pending), len(run.finished), needed, free))
+        if needed > free:
+            raise CommandError(
+                f"output_dir {self.writer.output_dir} needs {decimal(needed)}, but its disk has {decimal(free)} free. "
+                "Free some space, choose another output_dir, fewer keys (model.keys) or writer.dtype=float16."
+            )
+
+    def predict(self, **kwargs: Any) -> None:
+        """Extract; keep no prediction in memory.
+
+        Raises:
+            IncompleteError: The run ended, and not all images are there.
+        """
+        if self._done or self.config[self.subcommand].dry_run:
+            return
+        began = time.monotonic()
+        self.trainer.predict(**kwargs, return_predictions=False)
+        if not self.trainer.is_global_zero:
+            return
+        metadata = self.writer.metadata
+        if metadata is None:
+            raise IncompleteError(f"The run ended before all images were in {self.writer.output_dir}.")
+        self._report(metadata, time.monotonic() - began)
+
+    def before_validate(self) -> None:
+        """Refuse what cannot be validated.
+
+        Raises:
+            CommandError: There are no annotations, or the precision is not to be had.
+        """
+        self._check_precision()
+        if self.datamodule.annotation_file is None:
+            raise CommandError("validate needs data.annotation_file: COCO annotations to compare with.")
+        self.datamodule.prepare_data()
+
+    def validate(self, **kwargs: Any) -> None:
+        """Compute COCO's detection metrics, print and keep them."""
+        self.trainer.validate(**kwargs, verbose=False)
+        self.summary = self.model.metrics
+        table = Table(title=f"{self.model.checkpoint.name} on {len(self.datamodule.records)} images", title_justify="left")
+        for name in self.summary:
+            table.add_column(name, justify="right")
+        table.add_row(*(f"{value:.3f}" for value in self.summary.values()))
+        if rank_zero_only.rank == 0:
+            Console().print(table)
+
+    def _check_precision(self) -> None:
+        asked, got = str(self.config_init[self.subcommand].trainer.precision or ""), str(self.trainer.precision)
+        if asked.startswith("16") and self.trainer.strategy.root_device.type == "cpu":
+            raise CommandError(
+                f"trainer.precision {asked} needs a GPU, and this run is on a CPU (where it would be {got}). "
+                "Use bf16-mixed, bf16-true or 32-true."
+            )
+
+    def _announcement(self, pending: int, finished: int, needed: int, free: int) -> list[Any]:
+        model, data = self.model, self.datamodule
+        lines = [f"{model.detr.architecture.name} ({model.checkpoint.name}): {model.checkpoint.notes}"]
+        if self._done:
+            return [*lines, f"{self.writer.output_dir} is finished: all {finished} images are there. Nothing to do."]
+        there = f", {finished} more are there already" if finished else ""
+        lines.append(
+            f"{pending} images to {self.writer.output_dir} ({model.hparams['extract_type']}){there}: "
+            f"about {decimal(needed)}, {decimal(free)} free"
+        )
+        if not data.records:
+            return lines
+        record = data.records[0]
+        table = Table(title=f"Each image, such as {record.file_name} ({record.width}x{record.height})", title_justify="left")
+        for column, justify in (("key", "left"), ("shape", "left"), ("dtype", "left"), ("bytes", "right")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        architecture = model.detr.architecture
+        feature_size = architecture.feature_size(data.resize(record.size))
+        for key in model.keys:
+            shape, dtype = shape_of(key, architecture, feature_size), dtype_of(key, self.writer.dtype)
+            size = dtype.itemsize
+            for side in shape:
+                size *= side
+            table.add_row(key, str(list(shape)), str(dtype).removeprefix("torch."), f"{size:,}")
+        return [*lines, table]
+
+    def _report(self, metadata: dict[str, Any], seconds: float) -> None:
+        writer, failed = self.writer, metadata["failed"]
+        written, size = writer.images_written, writer.bytes_written
+        table = Table(show_header=False)
+        others = " by rank 0" if self.trainer.world_size > 1 else ""
+        table.add_row("written", f"{written} images{others}, {decimal(size)}")
+        table.add_row("folder", f"{writer.output_dir}: {metadata['num_images']} images and metadata.json")
+        table.add_row("time", f"{seconds:.1f} s, {written / seconds:.2f} images/s")
+        if failed:
+            table.add_row("skipped", f"{len(failed)} images, listed under 'failed' in metadata.json")
+            for entry in failed[:10]:
+                table.add_row("", f"{entry['file_name']}: {entry['reason']}")
+        self._say(table)
+        if failed:
+            self._say(f"Warning: {len(failed)} images could not be read and were skipped.")
+
+    def _say(self, *things: Any) -> None:
+        if rank_zero_only.rank == 0:
+            for thing in things:
+                self.console.print(thing, highlight=False, soft_wrap=isinstance(thing, str))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0 for success, 1 for an error, which is printed as one message.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
+    _end_with_parent()
+    try:
+        DETRCLI(argv)
+    except KeyboardInterrupt:
+        return _fail("Interrupted.", 130)
+    except (OSError, ValueError, BusyError, IncompleteError, ImportError) as error:
+        return _fail(str(error), 1)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) and "ended before" not in str(error):
+            raise
+        return _fail(str(error), 1)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    rank = rank_zero_only.rank
+    where = f" (rank {rank})" if rank else ""
+    print(f"Error{where}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _top_level(target: str) -> str:
+    return next(f"{source} (--{source})" for source, linked in LINKS.items() if linked == target)
+
+
+def _end_with_parent() -> None:
+    """End a rank within seconds of the process that launched it: nobody else would."""
+    launched = os.environ.get("TORCHELASTIC_RUN_ID") or int(os.environ.get("LOCAL_RANK", "0")) > 0
+    if not launched or any(thread.name == "parent-watch" for thread in threading.enumerate()):
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -1,0 +1,142 @@
+"""Which images share a batch, which rank computes it, and how their pixels become one tensor."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from detr_lightning.data.images import ImageRecord
+from detr_lightning.embeddings import one_of
+
+BATCHINGS = ("exact", "padded")
+"""What `data.batching` may be."""
+
+Size = tuple[int, int]
+"""Height and width."""
+
+
+def plan_batches(
+    records: Iterable[ImageRecord],
+    resize: Callable[[Size], Size],
+    batch_size: int,
+    batching: str = "exact",
+    finished: Collection[int] = frozenset(),
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[list[ImageRecord]]:
+    """Return the batches of one rank. A function of its arguments alone, so that ranks need not talk to each other.
+
+    Every image that is not finished is in exactly one batch of one rank. Batches go to the rank with the fewest pixels
+    so far, large ones first, and a rank computes its largest batch first: memory that does not suffice shows at once.
+
+    Args:
+        records: All images of the run.
+        resize: The size of an image after resizing, from its size.
+        batch_size: The most images in a batch.
+        batching: `exact` joins only images of one resized size, so that nothing is padded. `padded` takes the images in
+            the order of their ids, as the official code does; there a finished image stays in a batch whose
+            other images are not finished, since they depend on it.
+        finished: Ids of the images that need not be computed.
+        rank: Which rank's batches to return.
+        world_size: The number of ranks.
+
+    Raises:
+        ValueError: A batch size below 1, an unknown batching, or a rank outside `world_size`.
+    """
+    one_of("data.batching", batching, BATCHINGS)
+    if batch_size < 1:
+        raise ValueError(f"data.batch_size is {batch_size}; it must be at least 1.")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}; with world_size {world_size} it must be from 0 to {world_size - 1}.")
+    finished = frozenset(finished)
+    records = sorted(records, key=lambda record: record.image_id)
+    sizes = {size: resize(size) for size in {record.size for record in records}}
+    if batching == "exact":
+        batches = _exact(
+            [record for record in records if record.image_id not in finished], sizes, batch_size, world_size
+        )
+    else:
+        batches = [
+            batch for batch in _chunks(records, batch_size) if any(record.image_id not in finished for record in batch)
+        ]
+    return _balance(batches, sizes, world_size)[rank]
+
+
+def collate(
+    items: Sequence[tuple[ImageRecord, torch.Tensor, Size]],
+    padded: bool = False,
+    failed: Iterable[tuple[int, str]] = (),
+) -> dict[str, Any]:
+    """Join images to one batch.
+
+    Args:
+        items: Each image with its pixels, uint8 `[3, height, width]`, and their height and width. There may be none.
+        padded: Fill up smaller images with zeros at the bottom and on the right, and add `padding_mask`. Zeros are what
+            the network should see there after normalisation: that is the model's part.
+        failed: Ids of images that could not be read, and why.
+
+    Returns:
+        `image_id` (list), `pixels` (uint8 `[B, 3, H, W]` in channels-last memory), `input_size` (list of height and
+        width), `failed` (list), and with `padded` `padding_mask` (bool `[B, H, W]`, True on padding).
+
+    Raises:
+        ValueError: Images of different sizes without `padded`.
+    """
+    sizes = [size for _, _, size in items]
+    if not padded and len(set(sizes)) > 1:
+        raise ValueError(f"images of different sizes {sorted(set(sizes))} need data.batching padded")
+    height, width = (max(sides) for sides in zip(*sizes, strict=True)) if sizes else (0, 0)
+    shape = (len(items), height, width, 3)
+    pixels = torch.zeros(shape, dtype=torch.uint8) if padded else torch.empty(shape, dtype=torch.uint8)
+    mask = torch.ones(shape[:3], dtype=torch.bool) if padded else None
+    for index, (_, image, (h, w)) in enumerate(items):
+        pixels[index, :h, :w] = image.permute(1, 2, 0)  # [3, h, w] -> [h, w, 3]
+        if mask is not None:
+            mask[index, :h, :w] = False
+    batch: dict[str, Any] = {
+        "image_id": [record.image_id for record, _, _ in items],
+        "pixels": pixels.permute(0, 3, 1, 2),  # [B, H, W, 3] -> [B, 3, H, W], a view
+        "input_size": sizes,
+        "failed": list(failed),
+    }
+    if mask is not None:
+        batch["padding_mask"] = mask
+    return batch
+
+
+def _exact(
+    records: list[ImageRecord], sizes: dict[Size, Size], batch_size: int, world_size: int
+) -> list[list[ImageRecord]]:
+    """Group by resized size; a small group is cut finer, so that ranks can share it."""
+    groups: defaultdict[Size, list[ImageRecord]] = defaultdict(list)
+    for record in records:
+        groups[sizes[record.size]].append(record)
+    return [
+        batch for group in groups.values() for batch in _chunks(group, min(batch_size, -(-len(group) // world_size)))
+    ]
+
+
+def _chunks(records: list[ImageRecord], length: int) -> list[list[ImageRecord]]:
+    return [records[start : start + length] for start in range(0, len(records), length)]
+
+
+def _balance(
+    batches: list[list[ImageRecord]], sizes: dict[Size, Size], world_size: int
+) -> list[list[list[ImageRecord]]]:
+    """Give each batch, the largest first, to the rank with the fewest pixels so far."""
+
+    def largest_first(batch: list[ImageRecord]) -> tuple[int, Size, int]:
+        height, width = (max(sides) for sides in zip(*(sizes[record.size] for record in batch), strict=True))
+        return -len(batch) * height * width, (height, width), batch[0].image_id
+
+    shares: list[list[list[ImageRecord]]] = [[] for _ in range(world_size)]
+    load = [(0, rank) for rank in range(world_size)]
+    for (cost, _, _), batch in sorted(((largest_first(batch), batch) for batch in batches), key=lambda pair: pair[0]):
+        pixels, rank = load[0]
+        shares[rank].append(batch)
+        heapq.heapreplace(load, (pixels - cost, rank))
+    return shares

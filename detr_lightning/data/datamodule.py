@@ -1,0 +1,270 @@
+"""The images of a run as a LightningDataModule."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from detr_lightning.data.batching import BATCHINGS, collate, plan_batches
+from detr_lightning.data.files import UnreadableImageError, image_folder, locate
+from detr_lightning.data.images import Failure, ImageRecord, read_coco, read_folder, select
+from detr_lightning.data.transforms import BACKENDS, read_pixels, resized_size
+from detr_lightning.embeddings import one_of
+
+Batch = list[ImageRecord]
+
+
+class COCODataModule(LightningDataModule):
+    """COCO images, or any folder of images, in batches.
+
+    Args:
+        image_dir: The folder with the images.
+        annotation_file: COCO's `instances_*.json` for them. Without it every image in the folder and its subfolders is
+            taken, and sizes come from the images' headers.
+        image_ids: Only these images.
+        limit: Only the first so many images, by id.
+        batch_size: The most images in a batch. It changes speed and memory, and with `exact` batching no result.
+        num_workers: Processes that read images. By default one for each core that the run has besides the first of each
+            device, at least 1 and at most 8.
+        batching: `exact` puts only images of one resized size in a batch, so nothing is padded and no image changes
+            another's embeddings. `padded` fills up smaller images as the official code does, in the order of the ids.
+        image_backend: `pil` gives the official pixels bit for bit; `torchvision` is faster, within 1 level of 255.
+        on_error: What to do about an image that cannot be read: `raise`, or `skip` it and list it in the metadata.
+        short_side: What the short side of an image is resized to. The official models want 800.
+        long_side: What the long side should not pass. The official models want 1333.
+        max_image_pixels: Refuse larger images as decompression bombs; by default above Pillow's limit, 89 million.
+        download: Fetch COCO val2017 (1 GB) to `image_dir` and `annotation_file` where they are missing.
+
+    Raises:
+        ValueError: A setting that is not allowed; the message says what is.
+    """
+
+    def __init__(
+        self,
+        image_dir: str,
+        annotation_file: str | None = None,
+        image_ids: list[int] | None = None,
+        limit: int | None = None,
+        batch_size: int = 8,
+        num_workers: int | None = None,
+        batching: str = "exact",
+        image_backend: str = "pil",
+        on_error: str = "raise",
+        short_side: int = 800,
+        long_side: int = 1333,
+        max_image_pixels: int | None = None,
+        download: bool = False,
+    ) -> None:
+        super().__init__()
+        one_of("data.batching", batching, BATCHINGS)
+        one_of("data.image_backend", image_backend, BACKENDS)
+        one_of("data.on_error", on_error, ("raise", "skip"))
+        lowest = {"batch_size": 1, "num_workers": 0, "limit": 1, "short_side": 1, "long_side": 1, "max_image_pixels": 1}
+        for name, least in lowest.items():
+            value = locals()[name]
+            if value is not None and value < least:
+                raise ValueError(f"data.{name} is {value}, but must be at least {least}.")
+        if long_side < short_side:
+            raise ValueError(f"data.long_side ({long_side}) is less than data.short_side ({short_side}).")
+        self.save_hyperparameters()
+        self.image_dir = image_dir
+        self.annotation_file = annotation_file
+        self.batch_size = batch_size
+        self.on_error = on_error
+        self.resize = partial(resized_size, short_side=short_side, long_side=long_side)
+        self.records: list[ImageRecord] = []
+        self.categories: dict[int, str] = {}
+        self.failures: list[Failure] = []
+        self.finished: Collection[int] = frozenset()
+        self._known_ids: Mapping[str, int] = {}
+        self._ready = False
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What happens to an image before the model sees it: part of what identifies a run."""
+        return {name: self.hparams[name] for name in ("short_side", "long_side", "image_backend")}
+
+    @property
+    def batching(self) -> str:
+        """How images share batches, as far as results depend on it."""
+        batching: str = self.hparams["batching"]
+        return batching if batching == "exact" else f"{batching}, {self.batch_size}"
+
+    def prepare_data(self) -> None:
+        """Download what is missing, if asked to. Lightning calls it in one process of each node."""
+        if self.hparams["download"]:
+            from detr_lightning.data.download import download_val2017
+
+            download_val2017(Path(self.image_dir), self.annotation_file and Path(self.annotation_file))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the images and their sizes; decode none.
+
+        Raises:
+            FileNotFoundError: The folder or the annotation file is not there.
+            ValueError: What they hold cannot be used; the message names the entry.
+            UnreadableImageError: A header cannot be read, and `on_error` is `raise`.
+        """
+        if self._ready:
+            return
+        failures: list[Failure] = []
+        max_pixels = self.hparams["max_image_pixels"]
+        if self.annotation_file is not None:
+            records, self.categories = read_coco(self.image_dir, self.annotation_file, failures, max_pixels)
+        else:
+            records, failures = read_folder(self.image_dir, self._known_ids, max_pixels)
+        unusable = dict(failures)
+        chosen = select([*records, *unusable], self.hparams["image_ids"], self.hparams["limit"])
+        self.records = []
+        self.failures = []
+        for record in chosen:
+            reason = unusable.get(record)
+            if reason is None:
+                try:
+                    self.resize(record.size)
+                except ValueError as error:
+                    reason = str(error)
+            if reason is None:
+                self.records.append(record)
+            elif self.on_error == "raise":
+                raise self._unreadable(record.file_name, reason)
+            else:
+                self.failures.append((record, reason))
+        self._ready = True
+
+    def keep_ids(self, known: Mapping[str, int]) -> None:
+        """Let the files of a folder without annotations keep the ids that an earlier run gave them.
+
+        Args:
+            known: Ids by file name.
+        """
+        if self.annotation_file is None and known != self._known_ids:
+            self._known_ids = known
+            self._ready = False
+            self.setup()
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return this rank's batches of the images that are not finished."""
+        return self._loader(self.finished)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return this rank's batches of all images."""
+        return self._loader(frozenset())
+
+    def ground_truth(self) -> Any:
+        """Return the annotations as a `pycocotools.coco.COCO`.
+
+        Raises:
+            ValueError: There is no annotation for the images, or one of them is not COCO's.
+        """
+        from pycocotools.coco import COCO
+
+        if self.annotation_file is None:
+            raise ValueError("data.annotation_file is not set: validation needs COCO annotations to compare with.")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                ground_truth = COCO(self.annotation_file)
+            annotated = {annotation["image_id"] for annotation in ground_truth.anns.values() if len(annotation["bbox"]) == 4}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.annotation_file} has annotations that are not COCO's ({type(error).__name__}: {error}). "
+                "Each needs id, image_id, category_id, bbox and area."
+            ) from error
+        if not any(record.image_id in annotated for record in self.records):
+            raise ValueError(
+                f"{self.annotation_file} has no annotation for any of the {len(self.records)} images, "
+                "so there is nothing to compare with."
+            )
+        return ground_truth
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Stop at an unreadable image, unless it is to be skipped: here, since an error in a worker arrives garbled.
+
+        Raises:
+            UnreadableImageError: An image of the batch could not be read, and `on_error` is `raise`.
+        """
+        if batch["failed"] and self.on_error == "raise":
+            image_id, reason = batch["failed"][0]
+            names = {record.image_id: record.file_name for record in self.records}
+            raise self._unreadable(names[image_id], reason)
+        return batch
+
+    def num_workers(self, local_world_size: int = 1) -> int:
+        """Return how many processes read images for each device."""
+        chosen: int | None = self.hparams["num_workers"]
+        if chosen is not None:
+            return chosen
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(8, cores // local_world_size - 1))
+
+    def _unreadable(self, file_name: str, reason: str) -> UnreadableImageError:
+        return UnreadableImageError(
+            f"{file_name!r} in {self.image_dir}: {reason}. Repair or remove it, or go on without it: data.on_error=skip.",
+            reason,
+        )
+
+    def _loader(self, finished: Collection[int]) -> DataLoader[Any]:
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        image_folder(self.image_dir)
+        batches = plan_batches(
+            self.records, self.resize, self.batch_size, self.hparams["batching"], finished, rank, world_size
+        )
+        workers = self.num_workers(trainer.num_devices if trainer else 1)
+        # Without a batch Lightning would skip the hooks in which ranks meet: an empty one keeps them.
+        dataset = ImageBatches(self, batches or [[]])
+        return DataLoader(
+            dataset,
+            # The batches are this rank's already. Lightning leaves a DistributedSampler alone, and would replace any
+            # other by one that shares out the shares again.
+            sampler=DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=False),
+            batch_size=1,
+            collate_fn=_unwrap,
+            num_workers=workers,
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+        )
+
+
+class ImageBatches(Dataset[dict[str, Any]]):
+    """One rank's batches: an item is a whole batch, read from disk.
+
+    Attributes:
+        num_images: The images in all batches.
+    """
+
+    def __init__(self, data: COCODataModule, batches: Sequence[Batch]) -> None:
+        self.image_dir = data.image_dir
+        self.resize = data.resize
+        self.backend = data.hparams["image_backend"]
+        self.max_pixels = data.hparams["max_image_pixels"]
+        self.padded = data.hparams["batching"] == "padded"
+        self.num_images = sum(map(len, batches))
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        items, failed = [], []
+        for record in self._batches[index]:
+            size = self.resize(record.size)
+            try:
+                path = locate(self.image_dir, record)
+                items.append((record, read_pixels(path, record, size, self.backend, self.max_pixels), size))
+            except UnreadableImageError as error:
+                failed.append((record.image_id, error.reason))
+            except FileNotFoundError:
+                failed.append((record.image_id, "no such file"))
+        return collate(items, self.padded, failed)
+
+
+def _unwrap(items: list[dict[str, Any]]) -> dict[str, Any]:
+    return items[0]

@@ -1,0 +1,111 @@
+"""From logits and relative boxes to detections in pixels, COCO's result rows and COCO's twelve numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""COCO's twelve numbers in COCO's order: average precision, then average recall; s, m and l are object sizes."""
+
+
+class Detections(NamedTuple):
+    """One detection for each query, in the order of the queries, not of the scores."""
+
+    scores: Tensor
+    """`[..., Q]`: the probability of the likeliest category."""
+    labels: Tensor
+    """`[..., Q]`: the likeliest category, "no object" left aside. The index of a logit is the COCO category id."""
+    boxes_xyxy: Tensor
+    """`[..., Q, 4]`: corners in pixels of the original image; a box may reach a little beyond the image."""
+
+
+def detect(pred_logits: Tensor, pred_boxes: Tensor, size: tuple[int, int] | Tensor) -> Detections:
+    """Turn a model's predictions into detections, as the official DETR does for box detection (models/detr.py).
+
+    Args:
+        pred_logits: `[..., Q, C + 1]`; the last column is "no object".
+        pred_boxes: `[..., Q, 4]`: center x, center y, width, height, relative to the image.
+        size: `(height, width)` of the original image, or a tensor `[..., 2]` of them.
+
+    Returns:
+        Detections in float32, unless the predictions are of higher precision.
+    """
+    dtype = torch.promote_types(pred_logits.dtype, torch.float32)
+    scores, labels = pred_logits.to(dtype).softmax(-1)[..., :-1].max(-1)
+    boxes_cxcywh = pred_boxes.to(torch.promote_types(pred_boxes.dtype, torch.float32))
+    center, extent = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
+    boxes = torch.cat([center - extent / 2, center + extent / 2], dim=-1)
+    height, width = torch.as_tensor(size, device=boxes.device).unbind(-1)
+    scale = torch.stack([width, height, width, height], dim=-1)
+    return Detections(scores, labels, boxes * scale.unsqueeze(-2))
+
+
+def coco_results(image_id: int, detections: Detections, threshold: float = 0.0) -> list[dict[str, Any]]:
+    """Return an image's detections as rows of a COCO results file.
+
+    Args:
+        image_id: The image.
+        detections: Of this image alone.
+        threshold: Detections that score less are left out; 0 keeps one for each query, as the official evaluation does.
+    """
+    corner, opposite = detections.boxes_xyxy[..., :2], detections.boxes_xyxy[..., 2:]
+    boxes = torch.cat([corner, opposite - corner], dim=-1).tolist()  # xyxy -> xywh
+    rows = zip(detections.scores.tolist(), detections.labels.tolist(), boxes, strict=True)
+    return [
+        {"image_id": int(image_id), "category_id": label, "bbox": box, "score": score}
+        for score, label, box in rows
+        if score >= threshold
+    ]
+
+
+def evaluate(
+    coco_ground_truth: Any, results: Sequence[Mapping[str, Any]], image_ids: Iterable[int] | None = None
+) -> dict[str, float]:
+    """Return COCO's twelve numbers for detected boxes.
+
+    Args:
+        coco_ground_truth: A `pycocotools.coco.COCO` of the annotations.
+        results: Rows as `coco_results` gives them; they are not changed. None at all is a detector that finds nothing.
+        image_ids: The images to evaluate; by default all that the annotations list, so that those of a subset have to
+            be named. An image without detections counts.
+
+    Returns:
+        The numbers by the names in `METRICS`, from 0 to 1; -1 where no annotated object is of that size.
+
+    Raises:
+        ValueError: A result is of an image that the annotations do not list.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    known = set(coco_ground_truth.getImgIds())
+    if strangers := {row["image_id"] for row in results} - known:
+        raise ValueError(
+            f"image {min(strangers)} has detections but is not in the annotations, which list {len(known)} images. "
+            "Give the annotation file of the images that were detected on."
+        )
+    # Not loadRes, which changes its rows, fails on none, and asks for keys that hand-made annotation files lack.
+    detected = COCO()
+    detected.dataset = {
+        "images": coco_ground_truth.dataset["images"],
+        "categories": coco_ground_truth.dataset.get("categories", []),
+        "annotations": [
+            {**row, "id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+            for number, row in enumerate(results, start=1)
+        ],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        detected.createIndex()
+        evaluation = COCOeval(coco_ground_truth, detected, "bbox")
+        if image_ids is not None:
+            evaluation.params.imgIds = sorted(set(image_ids))
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}

@@ -1,0 +1,146 @@
+"""DETR as a LightningModule: embeddings from `predict_step`, detection metrics from `validation_step`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from detr_lightning.detections import METRICS, coco_results, detect, evaluate
+from detr_lightning.embeddings import PREDICTIONS, resolve_keys
+from detr_lightning.model import DETR, fold
+from detr_lightning.model.checkpoints import load
+
+
+class DETRExtractor(LightningModule):
+    """A DETR that returns its embeddings.
+
+    The weights are read when the object is made. `setup`, which a Trainer calls, builds the network that runs: norms
+    folded into the convolutions, and the precision that the Trainer asks for. `detr` stays as it was loaded.
+
+    Args:
+        weights: An official name such as `detr_resnet50`, a `.pth` file in the official layout, a Hugging Face DETR
+            folder or hub id, or `random` (DETR-R50, seeded).
+        extract_type: Which tensors to keep: `all`, `decoder`, `encoder` or `backbone`.
+        keys: An explicit list of tensors instead.
+        nheads: Attention heads, where the checkpoint does not tell.
+        dilation: Whether the last stage is dilated (DC5), where the checkpoint does not tell.
+        compile: Run the network through `torch.compile`.
+        tf32: Let float32 matrix products and convolutions on a GPU round their inputs to TensorFloat-32.
+
+    Raises:
+        ValueError: An unknown extract type or key, or weights that are no DETR's.
+        FileNotFoundError: There are no such weights.
+    """
+
+    def __init__(
+        self,
+        weights: str = "detr_resnet50",
+        extract_type: str = "decoder",
+        keys: list[str] | None = None,
+        nheads: int | None = None,
+        dilation: bool | None = None,
+        compile: bool = False,
+        tf32: bool = False,
+    ) -> None:
+        super().__init__()
+        self.keys = resolve_keys(extract_type, keys)
+        self.save_hyperparameters()
+        self.checkpoint = load(weights, nheads, dilation)
+        self.network: DETR | None = None
+        self.results: list[dict[str, Any]] = []
+        self.metrics: dict[str, float] = {}
+
+    @property
+    def detr(self) -> DETR:
+        """The model as loaded: float32, on the CPU, with the official `state_dict`."""
+        return self.checkpoint.model
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the network that runs, before Lightning moves it to its device and precision."""
+        high = self.hparams["tf32"]
+        torch.set_float32_matmul_precision("high" if high else "highest")
+        torch.backends.cudnn.allow_tf32 = high
+        self.network = fold(self.detr)
+        if self.hparams["compile"]:
+            self.network.compile()
+
+    def forward(
+        self, pixels: Tensor, padding_mask: Tensor | None = None, keys: tuple[str, ...] | None = None
+    ) -> dict[str, Tensor]:
+        """Return batch-first tensors for uint8 pixels `[B, 3, h, w]`; see `DETR.forward`."""
+        if self.network is None:
+            self.setup()
+        out: dict[str, Tensor] = self.network(pixels, padding_mask, keys or self.keys)  # type: ignore[misc]
+        return out
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Return the embeddings of a batch.
+
+        Args:
+            batch: What `COCODataModule` serves.
+            batch_idx: Not used.
+            dataloader_idx: Not used.
+
+        Returns:
+            `image_id` (list of int), `feature_size` (list of height and width), a batch-first tensor for each key, and,
+            where images were padded, `padding_mask` `[B, H, W]` at feature size. `embeddings.split` makes images of it.
+            The tensors are on the model's device and can be used to train on top.
+        """
+        if not batch["image_id"]:
+            return {"image_id": [], "feature_size": []}
+        tensors = self(batch["pixels"], batch.get("padding_mask"))
+        if "padding_mask" in tensors:
+            rows, columns = (
+                (~tensors["padding_mask"]).any(axis).sum(1).tolist()
+                for axis in (2, 1)  # [B, H, W]
+            )
+            feature_size = list(zip(rows, columns, strict=True))
+        else:
+            feature_size = [self.detr.architecture.feature_size(size) for size in batch["input_size"]]
+        if torch.is_inference_mode_enabled():
+            # What is cloned outside of inference mode can enter autograd.
+            with torch.inference_mode(False), torch.no_grad():
+                tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+        return {"image_id": batch["image_id"], "feature_size": feature_size} | tensors
+
+    def on_validation_start(self) -> None:
+        """Check that the images have annotations and the model a logit for each category.
+
+        Raises:
+            ValueError: They have not.
+        """
+        self.results = []
+        highest = self.detr.architecture.num_logits - 2
+        beyond = {i: name for i, name in self.trainer.datamodule.categories.items() if not 0 <= i <= highest}  # type: ignore[attr-defined]
+        if beyond:
+            some = ", ".join(f"{i} ({name})" for i, name in list(beyond.items())[:5])
+            raise ValueError(
+                f"The annotations have categories that the model has no logit for: {some}. "
+                f"Its logits are the category ids 0 to {highest}; use weights trained on these categories."
+            )
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int = 0, dataloader_idx: int = 0) -> None:
+        """Keep the detections of a batch, in pixels of the original images."""
+        if not batch["image_id"]:
+            return
+        tensors = self(batch["pixels"], batch.get("padding_mask"), PREDICTIONS)
+        logits, boxes = (tensors[key].cpu() for key in PREDICTIONS)
+        sizes = {record.image_id: record.size for record in self.trainer.datamodule.records}  # type: ignore[attr-defined]
+        for index, image_id in enumerate(batch["image_id"]):
+            self.results += coco_results(image_id, detect(logits[index], boxes[index], sizes[image_id]))
+
+    def on_validation_epoch_end(self) -> None:
+        """Compute COCO's twelve numbers over the images of all ranks, and log them."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        results = self.results
+        if self.trainer.world_size > 1:
+            shares: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(shares, results)
+            results = [row for share in shares for row in share]
+        if self.trainer.is_global_zero:
+            self.metrics = evaluate(data.ground_truth(), results, [record.image_id for record in data.records])
+        self.metrics = self.trainer.strategy.broadcast(self.metrics)
+        self.log_dict({name: self.metrics[name] for name in METRICS}, rank_zero_only=True)

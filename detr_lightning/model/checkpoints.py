@@ -1,0 +1,239 @@
+"""From a name, a file or a folder to a DETR with its weights.
+
+Official checkpoints load strictly, with no renaming. The sizes of a model are read off its tensors; what tensors cannot
+tell, the number of heads and the dilation, is looked up where it is known, and never guessed in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_lightning.embeddings import one_of
+from detr_lightning.model import hugging_face
+from detr_lightning.model.detr import DETR, Architecture
+from detr_lightning.model.official import OFFICIAL, fetch
+from detr_lightning.model.weight_files import read_pickled, sha256_of
+
+__all__ = ["OFFICIAL", "RANDOM", "Checkpoint", "load"]
+
+RANDOM = "random"
+SEED = 0
+"""What `random` weights are drawn from."""
+
+BODY = "backbone.0.body."
+ENCODER = "transformer.encoder.layers."
+DECODER = "transformer.decoder.layers."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model and where it comes from.
+
+    Attributes:
+        model: Ready for inference, in float32 on the CPU.
+        name: The official name, the hub id, `random`, or the name of the local file or folder.
+        sha256: Of the file; of several files, as if they were one; of the tensors if they are random.
+        notes: What was decided that tensors do not tell, for the user to read.
+    """
+
+    model: DETR
+    name: str
+    sha256: str
+    notes: str
+
+
+def load(weights: str, nheads: int | None = None, dilation: bool | None = None) -> Checkpoint:
+    """Find weights, read the architecture off them, and build the model.
+
+    Args:
+        weights: An official name, a file in the official layout, a Hugging Face DETR folder or hub id
+            (`organisation/name`, with `@revision` if need be), or `random` (always the same).
+        nheads: The number of attention heads; null takes what is known of the weights, else 8.
+        dilation: Whether the last stage is dilated (DC5); null takes what is known of the weights, else false.
+
+    Raises:
+        FileNotFoundError: There is no such file, or the folder lacks one.
+        ConnectionError: Weights could not be downloaded.
+        ValueError: An unknown name, a file that is no DETR or does not fit one, or a setting that contradicts it.
+    """
+    if weights == RANDOM:
+        return _random(nheads, dilation)
+    source = _find(weights)
+    architecture = _sizes(source)
+    heads, heads_from = _settle(source, "nheads", nheads, architecture.nheads)
+    dilated, dilated_from = _settle(source, "dilation", dilation, False)
+    architecture = replace(architecture, nheads=_divides(heads, architecture.hidden_dim), dilation=dilated)
+    notes = f"{architecture.name}: {heads} heads ({heads_from}), {'' if dilated else 'not '}dilated ({dilated_from})"
+    # Copied, for a file may be mapped, and may be replaced while the model is in use.
+    tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in source.tensors.items()}
+    return Checkpoint(_fill(source.name, architecture, tensors), source.name, source.sha256, notes)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Tensors in the official layout, what else is known of the model, and what says so."""
+
+    name: str
+    sha256: str
+    tensors: dict[str, Tensor]
+    known: dict[str, Any]
+    known_from: str
+
+
+def _find(weights: str) -> _Source:
+    if weights in OFFICIAL:
+        path, sha256 = fetch(OFFICIAL[weights])
+        return _Source(weights, sha256, _read_file(path)[0], OFFICIAL[weights].known, "official")
+
+    path = Path(weights).expanduser()
+    if path.is_file():
+        sha256 = sha256_of([path])
+        tensors, args = _read_file(path)
+        for official in OFFICIAL.values():
+            if sha256.startswith(official.sha256_prefix):
+                return _Source(path.name, sha256, tensors, official.known, "known by its sha256")
+        return _Source(path.name, sha256, tensors, args, "from its args")
+
+    name = path.resolve().name
+    if not path.is_dir():
+        if path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt") or re.match(r"[/~.]", weights):
+            raise FileNotFoundError(f"model.weights: there is no file or folder {weights!r}.")
+        if not hugging_face.HUB_ID.fullmatch(weights):
+            one_of("model.weights", weights, [*OFFICIAL, RANDOM, "a .pth file", "a Hugging Face folder or hub id"])
+        path, name = hugging_face.from_hub(weights), weights
+    tensors, config, files = hugging_face.read_folder(path)
+    return _Source(name, sha256_of(files), tensors, config, "from its config.json")
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the DETR part of a file in the official layout, and what its `args` tell."""
+    if path.suffix == ".safetensors":
+        raise ValueError(
+            f"{path} says nothing of its model. Give its folder, with the config.json, instead of the file."
+        )
+    content = read_pickled(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}. Expected {{'model': state_dict}} or a state_dict.")
+    args = content.get("args")
+    state = content.get("model", content)
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}
+    if not tensors:
+        found = ", ".join(map(repr, list(content)[:6])) or "nothing"
+        raise ValueError(f"{path} holds no tensors, but {found}. Expected {{'model': state_dict}} or a state_dict.")
+    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    if any(name.startswith("detr.") for name in tensors):  # with a mask head, which embeddings do not need
+        tensors = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("detr.")}
+    known = vars(args) if isinstance(args, Namespace) else args if isinstance(args, dict) else {}
+    return tensors, {key: known[key] for key in ("nheads", "dilation") if key in known}
+
+
+def _sizes(source: _Source) -> Architecture:
+    """Read the sizes of a model off its tensors."""
+    name, tensors = source.name, source.tensors
+    for sign, kind in {
+        "transformer.level_embed": "a Deformable DETR",
+        ENCODER + "0.self_attn.sampling_offsets.weight": "a Deformable DETR",
+        DECODER + "0.ca_qcontent_proj.weight": "a Conditional DETR or one of its kin",
+        "transformer.encoder.norm.weight": "a pre-norm DETR (normalize_before)",
+        "backbone.1.row_embed.weight": "a DETR with learned positions",
+    }.items():
+        if sign in tensors:
+            raise ValueError(
+                f"{name} is {kind}: it holds {sign}. Only DETR as published, post-norm with sines, is read."
+            )
+
+    def shape(key: str, dims: int) -> torch.Size:
+        if key not in tensors or tensors[key].dim() != dims:
+            raise ValueError(f"{name} is no DETR: {key} is {'misshaped' if key in tensors else 'missing'}.")
+        return tensors[key].shape
+
+    def count(prefix: str) -> int:
+        return len({key[len(prefix) :].partition(".")[0] for key in tensors if key.startswith(prefix)})
+
+    queries, hidden_dim = shape("query_embed.weight", 2)
+    return Architecture(
+        block="bottleneck" if BODY + "layer1.0.conv3.weight" in tensors else "basic",
+        blocks=tuple(count(f"{BODY}layer{stage}.") for stage in (1, 2, 3, 4)),
+        hidden_dim=hidden_dim,
+        encoder_layers=count(ENCODER),
+        decoder_layers=count(DECODER),
+        feedforward_dim=shape(ENCODER + "0.linear1.weight", 2)[0],
+        num_queries=queries,
+        num_logits=shape("class_embed.weight", 2)[0],
+    )
+
+
+def _settle(source: _Source, setting: str, given: Any, default: Any) -> tuple[Any, str]:
+    """Return a setting's value and, for the user, what it was taken from."""
+    known = source.known.get(setting)
+    if known is None:
+        return (default, "the default: the file does not say") if given is None else (given, "as given")
+    if given is not None and given != known:
+        raise ValueError(
+            f"model.{setting} is {given!r}, but {source.name} has {setting} {known!r} ({source.known_from}). "
+            f"Leave model.{setting} out."
+        )
+    return known, source.known_from
+
+
+def _divides(nheads: int, hidden_dim: int) -> int:
+    if nheads < 1 or hidden_dim % nheads:
+        raise ValueError(
+            f"model.nheads is {nheads}, which does not divide the model's width of {hidden_dim}. Set it to the number "
+            "of heads that the model was trained with."
+        )
+    return nheads
+
+
+def _fill(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> DETR:
+    """Build a model around tensors, without initialising it first."""
+    with torch.device("meta"):
+        model = DETR(architecture)
+    expected = model.state_dict()
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
+    wrong = [f"{key} is missing" for key in expected if key not in tensors]
+    wrong += [
+        f"{key} is {list(tensor.shape)} and not {list(expected[key].shape)}" if key in expected else f"{key} is unknown"
+        for key, tensor in tensors.items()
+        if key not in expected or tensor.shape != expected[key].shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(f"{name} does not fit a {architecture.name}: {'; '.join(wrong[:4])}{more}.")
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _random(nheads: int | None, dilation: bool | None) -> Checkpoint:
+    """Build the official DETR-R50 with weights that are always the same.
+
+    They keep the variance of what passes through, and attention sharp: with the usual ones, and nothing learned, the
+    embeddings of all queries are all but equal.
+    """
+    architecture = Architecture(nheads=nheads or Architecture.nheads, dilation=bool(dilation))
+    _divides(architecture.nheads, architecture.hidden_dim)
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in DETR(architecture).state_dict().items()}
+    generator = torch.Generator().manual_seed(SEED)  # the global one is the user's
+    digest = hashlib.sha256()
+    tensors = {}
+    for key, shape in shapes.items():
+        if len(shape) > 1:
+            gain = 16 if key.endswith("in_proj_weight") else 0.02 if key.endswith("out_proj.weight") else 1
+            bound = math.sqrt(3 * gain / (1 if key == "query_embed.weight" else shape[1:].numel()))
+            tensors[key] = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+        else:
+            tensors[key] = torch.full(shape, float(key.endswith(("weight", "running_var"))), device="cpu")
+        digest.update(tensors[key].numpy().data)
+    notes = f"{architecture.name}: random weights (seed {SEED}), {architecture.nheads} heads"
+    return Checkpoint(_fill(RANDOM, architecture, tensors), RANDOM, digest.hexdigest(), notes)

@@ -1,0 +1,105 @@
+"""The published checkpoints of DETR, and how they get here."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import http.client
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detr_lightning.model.weight_files import first_line, sha256_of
+
+BASE_URL = "https://dl.fbaipublicfiles.com/detr/"
+STALLED_AFTER = 30.0
+"""Seconds without a byte after which a download is given up."""
+
+
+@dataclass(frozen=True)
+class Official:
+    """A published checkpoint.
+
+    Attributes:
+        file: Its name under `BASE_URL`.
+        sha256_prefix: The first eight digits of its sha256.
+        box_ap: Its published box AP on COCO val2017.
+        dilation: Whether it is a DC5 model.
+    """
+
+    file: str
+    sha256_prefix: str
+    box_ap: float
+    dilation: bool = False
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What its tensors do not tell; all have 8 heads."""
+        return {"nheads": 8, "dilation": self.dilation}
+
+
+OFFICIAL = {
+    "detr_resnet50": Official("detr-r50-e632da11.pth", "e632da11", 42.0),
+    "detr_resnet50_dc5": Official("detr-r50-dc5-f0fb7ef5.pth", "f0fb7ef5", 43.3, dilation=True),
+    "detr_resnet101": Official("detr-r101-2c7b67e5.pth", "2c7b67e5", 43.5),
+    "detr_resnet101_dc5": Official("detr-r101-dc5-a2e86def.pth", "a2e86def", 44.9, dilation=True),
+    "detr_resnet50_panoptic": Official("detr-r50-panoptic-00ce5173.pth", "00ce5173", 38.8),
+    "detr_resnet50_dc5_panoptic": Official("detr-r50-dc5-panoptic-da08f1b1.pth", "da08f1b1", 40.2, dilation=True),
+    "detr_resnet101_panoptic": Official("detr-r101-panoptic-40021d53.pth", "40021d53", 40.1),
+}
+"""The published checkpoints (https://github.com/facebookresearch/detr, its model zoo)."""
+
+
+def fetch(checkpoint: Official) -> tuple[Path, str]:
+    """Return a checkpoint's file in torch's hub cache, and its sha256; it is downloaded if it is not there yet.
+
+    Processes that share the cache wait for the one that downloads. Whatever fails leaves nothing behind.
+
+    Raises:
+        ConnectionError: It could not be downloaded, or what arrived is another file.
+    """
+    url, sha256_prefix = BASE_URL + checkpoint.file, checkpoint.sha256_prefix
+    path = Path(torch.hub.get_dir(), "checkpoints", checkpoint.file)
+    cached = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.parent), _giving_up_after(STALLED_AFTER):
+            if path.is_file():
+                sha256 = sha256_of([path])
+                if sha256.startswith(sha256_prefix):
+                    return path, sha256
+                cached = " The file that is there now is damaged."
+            torch.hub.download_url_to_file(url, str(path), sha256_prefix, progress=sys.stderr.isatty())
+            return path, sha256_of([path])
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise ConnectionError(
+            f"{url} could not be downloaded: {first_line(error)}. Check the network, or put the file at {path} "
+            f"by hand (its sha256 begins with {sha256_prefix}).{cached}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot; then a file may be fetched twice
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _giving_up_after(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,59 @@
+"""Work on many files: in threads, with a progress bar where it takes long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+LONG_FILES = 1000
+LONG_SECONDS = 2.0
+_BLOCK = 1024
+
+
+def track(items: Iterable[T], total: int, description: str, progress: bool | None = None) -> Iterator[T]:
+    """Yield the items, with a progress bar where the work turns out to be long.
+
+    Args:
+        items: What to go through.
+        total: Their number.
+        description: What is being done, shown before the bar.
+        progress: True for a bar from the start, False for none, None for one when there are more than 1000 items or
+            two seconds have passed.
+    """
+    if progress is False:
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    begun = time.monotonic()
+    shown = bool(progress) or total > LONG_FILES
+    with Progress(console=Console(stderr=True), disable=not shown, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        for done, item in enumerate(items, start=1):
+            yield item
+            bar.update(task, completed=done)
+            if bar.disable and time.monotonic() - begun > LONG_SECONDS:
+                bar.disable = False
+                bar.start()
+
+
+def in_threads(
+    function: Callable[[T], R], items: Sequence[T], workers: int, description: str, progress: bool | None = None
+) -> Iterator[R]:
+    """Yield `function(item)` in the items' order, computed by threads, with `track`'s progress bar.
+
+    The threads are given a block of items at a time: a million items would otherwise wait in memory.
+    """
+
+    def results() -> Iterator[R]:
+        with ThreadPoolExecutor(workers) as threads:
+            for begin in range(0, len(items), _BLOCK):
+                yield from threads.map(function, items[begin : begin + _BLOCK])
+
+    yield from track(results(), len(items), description, progress)

@@ -1,0 +1,308 @@
+"""An extraction into a folder: what is already there, what is missing, and when it is finished."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from detr_lightning.store.layout import (
+    METADATA,
+    STATE,
+    TEMPORARY,
+    file_name,
+    fsync_folder,
+    is_whole,
+    read_metadata,
+    replacing,
+    save_tensors,
+    write_json,
+)
+from detr_lightning.store.state import Held, Journal, await_done, hold, read_journal
+
+IF_EXISTS = ("resume", "overwrite", "error")
+"""What `writer.if_exists` may be."""
+
+Entry = dict[str, Any]
+"""What the metadata says about one image."""
+
+
+class IncompleteError(RuntimeError):
+    """A run went to its end without all of its images."""
+
+
+def identity(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two runs must share for their files to belong in one folder, under the names users know."""
+    model = header["model"]
+    settings = {
+        "weights (sha256)": model["sha256"],
+        "architecture": model["architecture"],
+        "keys": header["embedding_keys"],
+        "writer.dtype": header["dtype"],
+        **{f"data.{name}": value for name, value in header["preprocessing"].items()},
+        "data.batching": header["batching"],
+        "trainer.precision": header["precision"],
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+class ExtractionRun:
+    """One run of an extraction.
+
+    Rank 0 inspects the folder, begins and finishes; every rank joins, saves and leaves.
+
+    Args:
+        folder: The output folder; it may not exist yet.
+        header: The metadata without what belongs to single images.
+        images: An entry for each planned image: `id`, `file_name`, `width`, `height`, `input_size`.
+        failures: Planned images that cannot be read, each with `id`, `file_name` and `reason`.
+        if_exists: `resume`, `overwrite` or `error`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        header: Mapping[str, Any],
+        images: Iterable[Entry],
+        failures: Iterable[Entry] = (),
+        if_exists: str = "resume",
+    ) -> None:
+        self.folder = Path(folder)
+        self.header = dict(header)
+        self.images = {entry["id"]: entry for entry in images}
+        self.failures = {entry["id"]: entry for entry in failures}
+        self.if_exists = if_exists
+        self.token: str | None = None
+        self.finished: dict[int, Entry] = {}
+        self.failed_before: dict[int, Entry] = {}
+        self.complete = False
+        self._recorded: set[int] = set()
+        self._lock: Held | None = None
+        self._journal: Journal | None = None
+
+    @property
+    def pending(self) -> list[Entry]:
+        """The planned images that are not finished."""
+        return [entry for image_id, entry in self.images.items() if image_id not in self.finished]
+
+    def file_ids(self) -> dict[str, int]:
+        """Return the ids that earlier runs into this folder gave to files, by file name."""
+        if not self.folder.is_dir():
+            return {}
+        _, entries = self._read()
+        return {entry["file_name"]: image_id for image_id, entry in (entries | self.failed_before).items()}
+
+    def inspect(self) -> None:
+        """Find out what is finished, and change nothing.
+
+        Raises:
+            OSError: The folder is a file or cannot be read.
+            FileExistsError: It is not empty, and `if_exists` is `error`.
+            ValueError: It holds another extraction, whose settings or images differ.
+        """
+        folder = self.folder
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"output_dir {folder} is a file. Choose a folder, or remove the file.")
+        self.finished, self.failed_before, self.complete, self.token, self._recorded = {}, {}, False, None, set()
+        if not folder.exists():
+            return
+        if self.if_exists == "error" and any(folder.iterdir()):
+            raise FileExistsError(
+                f"output_dir {folder} is not empty, and writer.if_exists is 'error'. Choose another folder, "
+                "or writer.if_exists=resume to go on or overwrite to start again."
+            )
+        before, entries = self._read()
+        if before is None or self.if_exists == "overwrite":
+            return
+        self.finished = {
+            image_id: entry for image_id, entry in entries.items() if is_whole(folder / file_name(image_id), entry["bytes"])
+        }
+        if self.finished:
+            self._refuse_other_settings(before)
+            self._refuse_other_images()
+        self.complete = (
+            not (folder / STATE).exists() and not self.pending and self.failures.keys() <= self.failed_before.keys()
+        )
+
+    def begin(self) -> None:
+        """Take the folder: refuse if another run has it, clear up after a dead one, and write down what is planned.
+
+        Raises:
+            BusyError: Another run is at work in the folder.
+            OSError: The folder cannot be written.
+        """
+        state = self.folder / STATE
+        state.mkdir(parents=True, exist_ok=True)
+        self._lock = hold(state / "lock", list(state.glob("rank-*.jsonl")))
+        if self._token_now() != self.token:
+            self.inspect()  # Another run has begun, and ended, since.
+        for leftover in (*self.folder.glob(TEMPORARY), *state.glob(TEMPORARY)):
+            leftover.unlink(missing_ok=True)
+        if self.if_exists == "overwrite":
+            self._remove_recorded()
+        with replacing(state / "done.jsonl") as file:
+            for entry in (*self.failed_before.values(), *self.finished.values()):
+                file.write(json.dumps(entry).encode() + b"\n")
+        for journal in state.glob("rank-*.jsonl"):
+            journal.unlink()
+        self.token = uuid.uuid4().hex
+        self._recorded |= self.images.keys()
+        write_json(state / "run.json", {**self.header, "token": self.token, "planned": sorted(self._recorded)})
+        (self.folder / METADATA).unlink(missing_ok=True)
+
+    def join(self, rank: int) -> None:
+        """Open this rank's journal."""
+        self._journal = Journal(self.folder / STATE / f"rank-{rank}.jsonl")
+
+    def shares_folder(self, token: str) -> bool:
+        """Return whether this rank sees the run that rank 0 began: whether both write to one folder."""
+        return self._token_now() == token
+
+    def save(self, image_id: int, tensors: Mapping[str, Tensor], feature_size: tuple[int, int]) -> int:
+        """Write an image's file and then its entry; return the file's bytes. Any thread may call it."""
+        size = save_tensors(self.folder, image_id, tensors)
+        self._write({**self.images[image_id], "feature_size": list(feature_size), "bytes": size})
+        return size
+
+    def fail(self, image_id: int, reason: str) -> None:
+        """Write down that an image was skipped."""
+        self._write({"id": image_id, "file_name": self.images[image_id]["file_name"], "reason": reason})
+
+    def leave(self, done: bool) -> None:
+        """Close this rank's journal; `done` says that the rank has been through all it was given."""
+        if self._journal is not None:
+            self._journal.close(done)
+
+    def release(self) -> None:
+        """Let go of the folder without finishing."""
+        if self._lock is not None:
+            self._lock.file.close()
+
+    def finish(self, world_size: int) -> dict[str, Any]:
+        """Wait for all ranks, count, and write the metadata.
+
+        Returns:
+            The metadata.
+
+        Raises:
+            IncompleteError: A planned image has neither a whole file nor a reason why it was skipped.
+            RuntimeError: A rank ended early.
+        """
+        state = self.folder / STATE
+        await_done([state / f"rank-{rank}.jsonl" for rank in range(world_size)])
+        entries, failed = self._read_entries()
+        failed |= self.failures
+        whole = {
+            image_id: entry
+            for image_id, entry in entries.items()
+            if image_id in self.finished or is_whole(self.folder / file_name(image_id), entry["bytes"])
+        }
+        missing = sorted(self.images.keys() - whole.keys() - failed.keys())
+        if missing:
+            some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            raise IncompleteError(
+                f"{len(missing)} of {len(self.images)} images have no whole file in {self.folder}: {some}. "
+                "What is finished is kept: run the same command again to go on."
+            )
+        for image_id in self._recorded - whole.keys():  # Files that a killed process wrote but did not record.
+            (self.folder / file_name(image_id)).unlink(missing_ok=True)
+        metadata = self._metadata(whole, [failed[image_id] for image_id in sorted(failed.keys() - whole.keys())])
+        fsync_folder(self.folder)
+        write_json(self.folder / METADATA, metadata)
+        shutil.rmtree(state)
+        fsync_folder(self.folder)
+        self.release()
+        return metadata
+
+    def _metadata(self, whole: dict[int, Entry], failed: list[Entry]) -> dict[str, Any]:
+        header = dict(self.header)
+        ids = sorted(whole)
+        first = {
+            "image_ids": ids,
+            "num_images": len(ids),
+            "extract_type": header.pop("extract_type"),
+            "embedding_keys": header.pop("embedding_keys"),
+            "images": [whole[image_id] for image_id in ids],
+        }
+        return {**first, **header, "failed": failed}
+
+    def _write(self, entry: Entry) -> None:
+        assert self._journal is not None, "join comes first"
+        self._journal.add(entry)
+
+    def _read(self) -> tuple[dict[str, Any] | None, dict[int, Entry]]:
+        """Return the header and the entries that an earlier run left, finished or not."""
+        run = self.folder / STATE / "run.json"
+        before: dict[str, Any] | None = None
+        if (self.folder / METADATA).exists():
+            before = read_metadata(self.folder, unfinished=True)
+        if run.exists():
+            before = {**(before or {}), **json.loads(run.read_bytes())}
+            self.token = before["token"]
+        if before is None:
+            return None, {}
+        entries, self.failed_before = self._read_entries(before)
+        self._recorded = entries.keys() | set(before.get("planned", ()))
+        return before, entries
+
+    def _read_entries(self, metadata: Mapping[str, Any] | None = None) -> tuple[dict[int, Entry], dict[int, Entry]]:
+        """Return, by id, the finished images and the skipped ones: of metadata where given, and of the journals."""
+        metadata = metadata or {}
+        entries = {entry["id"]: entry for entry in metadata.get("images", ())}
+        failed = {entry["id"]: entry for entry in metadata.get("failed", ())}
+        state = self.folder / STATE
+        for journal in sorted(state.glob("*.jsonl")):  # done.jsonl first
+            for entry in read_journal(journal):
+                if "bytes" in entry:
+                    entries[entry["id"]] = entry
+                elif "reason" in entry:
+                    failed[entry["id"]] = entry
+        return entries, {image_id: entry for image_id, entry in failed.items() if image_id not in entries}
+
+    def _token_now(self) -> str | None:
+        try:
+            token: str = json.loads((self.folder / STATE / "run.json").read_bytes())["token"]
+        except FileNotFoundError:
+            return None
+        return token
+
+    def _refuse_other_settings(self, before: Mapping[str, Any]) -> None:
+        then, now = identity(before), identity(self.header)
+        differences = [f"{name} was {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
+        if differences:
+            raise ValueError(
+                f"output_dir {self.folder} holds {len(self.finished)} images extracted with other settings: "
+                f"{'; '.join(differences)}. Use the same settings, another output_dir, or writer.if_exists=overwrite."
+            )
+
+    def _refuse_other_images(self) -> None:
+        for image_id, entry in self.images.items():
+            before = self.finished.get(image_id)
+            for name in ("file_name", "width", "height"):
+                if before is not None and before[name] != entry[name]:
+                    raise ValueError(
+                        f"output_dir {self.folder} has image {image_id} with {name} {before[name]}, now it is "
+                        f"{entry[name]}. Choose another output_dir, or writer.if_exists=overwrite."
+                    )
+
+    def _remove_recorded(self) -> None:
+        """Remove what earlier runs wrote, and nothing else; first what says that it is finished."""
+        (self.folder / METADATA).unlink(missing_ok=True)
+        for journal in (self.folder / STATE).glob("*.jsonl"):
+            journal.unlink()
+        for image_id in self._recorded:
+            (self.folder / file_name(image_id)).unlink(missing_ok=True)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the bytes that the file system of a folder, which need not exist yet, has free."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

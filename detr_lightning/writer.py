@@ -1,0 +1,295 @@
+"""The callback that writes embeddings to disk while the run goes on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import signal
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from detr_lightning import __version__
+from detr_lightning.data.datamodule import COCODataModule
+from detr_lightning.embeddings import DTYPES, dtype_of, nbytes, one_of, split
+from detr_lightning.extractor import DETRExtractor
+from detr_lightning.model import MEAN, STD
+from detr_lightning.store.run import IF_EXISTS, ExtractionRun
+
+VERSIONS = ("lightning", "torch", "torchvision", "pillow")
+QUEUED_IMAGES = 64
+"""Images that may wait to be written. Then the model waits for the disk, and memory stays as it is."""
+
+
+class EmbeddingWriter(BasePredictionWriter):
+    """Writes one `embedding_{image_id:012d}.pt` for each image, and `metadata.json` when all are there.
+
+    Args:
+        output_dir: The folder; it is created if missing.
+        dtype: How embeddings are stored, `float32` or `float16`. Logits and boxes stay float32.
+        if_exists: What to do about a folder that is in use: `resume` what is missing, `overwrite` what an earlier run
+            wrote, or stop with an `error` unless it is empty.
+        threads: Threads that write files.
+
+    Raises:
+        ValueError: A setting that is not allowed; the message says what is.
+    """
+
+    def __init__(
+        self,
+        output_dir: str = "./embeddings_output",
+        dtype: str = "float32",
+        if_exists: str = "resume",
+        threads: int = 2,
+    ) -> None:
+        super().__init__("batch")
+        self.output_dir = Path(output_dir)
+        self.dtype = one_of("writer.dtype", dtype, DTYPES)
+        self.if_exists = one_of("writer.if_exists", if_exists, IF_EXISTS)
+        if threads < 1:
+            raise ValueError(f"writer.threads is {threads}, but must be at least 1.")
+        self.threads = threads
+        self.extraction: ExtractionRun | None = None
+        self.metadata: dict[str, Any] | None = None
+        self.images_written = 0
+        self.bytes_written = 0
+        self._count = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._writing: set[Future[None]] = set()
+
+    def plan(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun:
+        """Compare what is asked for with what the folder holds, and change nothing.
+
+        Raises:
+            OSError: The folder is a file, cannot be read, or (`if_exists` is `error`) is not empty.
+            ValueError: It holds another extraction, whose settings or images differ.
+        """
+        data.setup("predict")
+        if self.if_exists == "resume" and data.annotation_file is None:
+            data.keep_ids(ExtractionRun(self.output_dir, {}, ()).file_ids())
+        images = [
+            {
+                "id": record.image_id,
+                "file_name": record.file_name,
+                "width": record.width,
+                "height": record.height,
+                "input_size": list(data.resize(record.size)),
+            }
+            for record in data.records
+        ]
+        failures = [
+            {"id": record.image_id, "file_name": record.file_name, "reason": reason} for record, reason in data.failures
+        ]
+        run = ExtractionRun(self.output_dir, self._header(trainer, model, data), images, failures, self.if_exists)
+        run.inspect()
+        self.extraction = run
+        return run
+
+    def bytes_needed(self, model: DETRExtractor) -> int:
+        """Return about how many bytes the planned images that are not finished will take."""
+        assert self.extraction is not None, "plan comes first"
+        container = 2048
+        return sum(
+            container + nbytes(model.keys, model.detr.architecture, feature_size, self.dtype)
+            for entry in self.extraction.pending
+            for feature_size in [model.detr.architecture.feature_size(tuple(entry["input_size"]))]
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin the run on rank 0, and tell the others what is finished.
+
+        Raises:
+            OSError: The folder cannot be used, or the ranks see different folders.
+            ValueError: It holds another extraction, whose settings or images differ.
+            BusyError: Another run is at work in it.
+        """
+        if stage != "predict":
+            return
+        data: COCODataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(pl_module, DETRExtractor) or not isinstance(data, COCODataModule):
+            raise TypeError("EmbeddingWriter needs a DETRExtractor and a COCODataModule.")
+        error: Exception | None = None
+        told: Any = None
+        if trainer.is_global_zero:
+            try:
+                run = self.extraction or self.plan(trainer, pl_module, data)
+                run.begin()
+                run.join(0)
+                told = run.token, frozenset(run.finished), [(record.file_name, record.image_id) for record in data.records]
+            except Exception as raised:
+                error = raised
+        told, failed = trainer.strategy.broadcast((told, error is not None))
+        if error is not None:
+            raise error
+        if failed:
+            raise SystemExit(1)  # rank 0 says why
+        token, finished, known = told
+        if not trainer.is_global_zero:
+            data.keep_ids(dict(known))
+            run = self.plan(trainer, pl_module, data)
+        data.finished = finished
+        shared = run.shares_folder(token)
+        if not trainer.is_global_zero and shared:
+            run.join(trainer.global_rank)
+        if not trainer.strategy.reduce_boolean_decision(shared, all=True):
+            raise OSError(
+                f"output_dir {self.output_dir} is not one folder for all ranks: rank {trainer.global_rank} of "
+                f"{trainer.world_size} {'sees' if shared else 'does not see'} what rank 0 wrote there. "
+                "Choose a folder that all nodes share."
+            )
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the writing threads, and let SIGTERM end the run as Ctrl-C does."""
+        # After the data workers were forked: threads and fork do not mix.
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="writer")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Hand a batch to the writing threads; wait only if too much is waiting already.
+
+        Raises:
+            OSError: A file could not be written.
+            ValueError: A value does not fit into `dtype`.
+        """
+        run, pool = self.extraction, self._pool
+        assert run is not None
+        assert pool is not None
+        for image_id, reason in batch["failed"]:
+            run.fail(image_id, reason)
+        arrived = _to_host(prediction)
+        for image_id, feature_size, tensors in zip(
+            prediction["image_id"], prediction["feature_size"], split(arrived.batch), strict=True
+        ):
+            self._writing.add(pool.submit(self._write, image_id, feature_size, tensors[1], arrived.event))
+        self._collect(QUEUED_IMAGES)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is waiting; on rank 0 also wait for the other ranks, count, and write the metadata.
+
+        Raises:
+            IncompleteError: An image is neither on disk nor listed as skipped.
+            OSError: A file could not be written.
+        """
+        assert self.extraction is not None
+        self._collect(0)
+        self.extraction.leave(done=True)
+        self._stop()
+        if trainer.is_global_zero:
+            self.metadata = self.extraction.finish(trainer.world_size)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Drop what is waiting, finish the files that are being written, and let go of the folder."""
+        self._stop()
+        if self.extraction is not None:
+            self.extraction.leave(done=False)
+            self.extraction.release()
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def _collect(self, allowed: int) -> None:
+        """Raise what a writing thread raised, and wait until no more than `allowed` images are waiting."""
+        done, self._writing = wait(self._writing, timeout=0)
+        while True:
+            for future in done:
+                future.result()
+            if len(self._writing) <= allowed:
+                return
+            done, self._writing = wait(self._writing, return_when=FIRST_COMPLETED)
+
+    def _write(
+        self, image_id: int, feature_size: tuple[int, int], tensors: dict[str, Tensor], event: torch.cuda.Event | None
+    ) -> None:
+        if event is not None:
+            event.synchronize()
+        assert self.extraction is not None
+        stored = {key: _stored(key, image_id, tensor, dtype_of(key, self.dtype)) for key, tensor in tensors.items()}
+        size = self.extraction.save(image_id, stored, feature_size)
+        with self._count:
+            self.images_written += 1
+            self.bytes_written += size
+
+    def _header(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> dict[str, Any]:
+        checkpoint = model.checkpoint
+        return {
+            "extract_type": model.hparams["extract_type"],
+            "embedding_keys": list(model.keys),
+            "categories": {str(number): name for number, name in sorted(data.categories.items())},
+            "model": {
+                "weights": checkpoint.name,
+                "sha256": checkpoint.sha256,
+                "architecture": vars(model.detr.architecture),
+            },
+            "preprocessing": {**data.preprocessing, "mean": MEAN, "std": STD},
+            "batching": data.batching,
+            "dtype": self.dtype,
+            "precision": str(trainer.precision) + (", TF32" if model.hparams["tf32"] else ""),
+            "versions": {
+                "detr-lightning": __version__,
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in VERSIONS},
+            },
+            "config": {
+                "model": dict(model.hparams),
+                "data": dict(data.hparams),
+                "writer": {"output_dir": str(self.output_dir), "dtype": self.dtype, "if_exists": self.if_exists},
+                "trainer": {
+                    "accelerator": trainer.accelerator.__class__.__name__,
+                    "devices": trainer.num_devices,
+                    "num_nodes": trainer.num_nodes,
+                    "precision": str(trainer.precision),
+                },
+            },
+        }
+
+
+class _to_host:
+    """A batch on its way to the CPU: one copy for each key, and the event after which it has arrived."""
+
+    def __init__(self, prediction: dict[str, Any]) -> None:
+        on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in prediction.values())
+        # torch copies to pinned memory when asked not to block.
+        self.batch = {
+            key: value.detach().to("cpu", non_blocking=on_gpu) if isinstance(value, Tensor) else value
+            for key, value in prediction.items()
+        }
+        self.event: torch.cuda.Event | None = None
+        if on_gpu:
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+
+def _stored(key: str, image_id: int, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as it is stored: contiguous, alone in its storage, in its dtype."""
+    stored = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
+    if not torch.isfinite(stored).all():
+        if torch.isfinite(tensor).all():
+            largest = tensor.abs().max().item()
+            raise ValueError(
+                f"image {image_id}: {key} reaches {largest:.6g}, more than {dtype} can hold. "
+                "Store it with writer.dtype=float32."
+            )
+        raise ValueError(
+            f"image {image_id}: {key} has values that are not finite. "
+            "Check the weights, or compute in a wider precision (trainer.precision)."
+        )
+    return stored
