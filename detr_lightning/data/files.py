@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 if TYPE_CHECKING:
     from detr_lightning.data.images import ImageRecord
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "MPO", "GIF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
 """What is decoded, whatever a file's extension says. Pillow knows more, but hands EPS to an external program."""
 
 _QUIET = ((UserWarning, r"PIL\."), (DeprecationWarning, r"torchvision\.io\."))

@@ -63,8 +63,8 @@ def read_pixels(
         path: The file, as `locate` returns it.
         record: What the file should hold.
         size: Height and width of the result.
-        backend: `pil` gives the official pixels bit for bit. `torchvision` is faster for 8-bit JPEG and PNG and stays
-            within 1 level of 255; it reads all else through Pillow.
+        backend: `pil` gives the official pixels bit for bit. `torchvision` is faster for JPEG and stays within 1
+            level of 255; it reads other formats, and CMYK, through Pillow.
         max_pixels: See `open_image`.
 
     Returns:
@@ -119,18 +119,18 @@ def _check_size(path: Path, image: Image.Image, record: ImageRecord) -> None:
 
 
 def _torchvision_pixels(path: Path, image: Image.Image, size: tuple[int, int]) -> torch.Tensor | None:
-    """Decode and resize without Pillow; return None for what is better left to it."""
-    if image.mode not in ("L", "RGB") or image.format not in ("JPEG", "PNG") or "transparency" in image.info:
+    """Decode and resize a JPEG without Pillow; return None for what is left to it.
+
+    That is every other format: torchvision's PNG decoder ends the process on some damaged files (seen with 0.29).
+    """
+    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
         return None
     from torchvision import io
 
     data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-    decode = io.decode_jpeg if image.format == "JPEG" else io.decode_png
     try:
-        pixels = decode(data, mode=io.ImageReadMode.RGB)
+        pixels = io.decode_jpeg(data, mode=io.ImageReadMode.RGB)
     except RuntimeError:  # Pillow decides whether the file is broken, and says how
-        return None
-    if pixels.dtype != torch.uint8:  # 16-bit colour
         return None
     batch = pixels.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)  # in channels-last strides, also for torch
     return F.interpolate(batch, size=size, mode="bilinear", antialias=True)[0]  # [1, 3, h, w] -> [3, h, w]

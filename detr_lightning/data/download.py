@@ -1,0 +1,108 @@
+"""COCO val2017 from its own server: resumed where it was cut off, checked, then unpacked."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+BASE_URL = "http://images.cocodataset.org/"
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A zip file of COCO's.
+
+    Attributes:
+        url: Its place under `BASE_URL`.
+        size: Its bytes.
+        md5: Its checksum, as published by those who mirror COCO; COCO itself gives none.
+        members: The folder inside whose files are wanted.
+    """
+
+    url: str
+    size: int
+    md5: str
+    members: str
+
+
+IMAGES = Archive("zips/val2017.zip", 815_585_330, "442b8da7639aecaf257c1dceb8ba8c80", "val2017/")
+ANNOTATIONS = Archive(
+    "annotations/annotations_trainval2017.zip",
+    252_907_541,
+    "f4bbac642086de4f52a3fdda2de5fa2c",
+    "annotations/instances_val2017.json",
+)
+
+
+def download_val2017(image_dir: Path, annotation_file: Path | None) -> None:
+    """Fetch the images and annotations of COCO val2017 that are missing.
+
+    Args:
+        image_dir: Where the images go; skipped where the folder exists and has files.
+        annotation_file: Where the annotations go; skipped where the file exists, or None.
+
+    Raises:
+        ConnectionError: The server does not deliver; what has arrived is kept, and the same call goes on with it.
+        ValueError: What arrived is not what COCO published.
+    """
+    if annotation_file is not None and not annotation_file.exists():
+        archive = _fetch(ANNOTATIONS, annotation_file.parent)
+        partial = annotation_file.with_name(annotation_file.name + ".part")
+        with zipfile.ZipFile(archive) as content, content.open(ANNOTATIONS.members) as source, open(partial, "wb") as to:
+            shutil.copyfileobj(source, to, CHUNK)
+        partial.replace(annotation_file)
+        archive.unlink()
+    if not image_dir.is_dir() or not any(image_dir.iterdir()):
+        archive = _fetch(IMAGES, image_dir.parent)
+        partial = image_dir.with_name(image_dir.name + ".part")
+        with zipfile.ZipFile(archive) as content:
+            content.extractall(partial, [name for name in content.namelist() if name.startswith(IMAGES.members)])
+        if image_dir.exists():
+            image_dir.rmdir()
+        (partial / IMAGES.members).rename(image_dir)
+        partial.rmdir()
+        archive.unlink()
+
+
+def _fetch(archive: Archive, folder: Path) -> Path:
+    """Download an archive, going on where an earlier attempt stopped, and check it."""
+    url = BASE_URL + archive.url
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / Path(archive.url).name
+    have = path.stat().st_size if path.exists() else 0
+    if have < archive.size:
+        print(f"Downloading {url} ({archive.size / 1e6:.0f} MB) to {path}", flush=True)
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                going_on = answer.status == 206  # some servers ignore the range and send all
+                with open(path, "ab" if going_on else "wb") as file:
+                    shutil.copyfileobj(answer, file, CHUNK)
+        except OSError as error:
+            raise ConnectionError(
+                f"{url} could not be downloaded ({getattr(error, 'reason', error)}). Run the same command again to go on, "
+                f"or put the file at {path} yourself."
+            ) from error
+    have = path.stat().st_size
+    if have < archive.size:
+        raise ConnectionError(
+            f"{url} was cut off after {have} of {archive.size} bytes. Run the same command again to go on."
+        )
+    md5 = _md5(path)
+    if md5 != archive.md5:
+        path.unlink()
+        raise ValueError(f"{url} arrived with md5 {md5} instead of {archive.md5}, and was removed. Try again.")
+    return path
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
