@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import logging
 import os
 import re
+import signal
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 # Read when jsonargparse is first imported: LightningCLI itself uses what jsonargparse deprecates.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.filesize import decimal
@@ -26,7 +27,7 @@ from rich.table import Table
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.embeddings import dtype_of, shape_of
 from detr_lightning.extractor import DETRExtractor
-from detr_lightning.progress import ImageProgress
+from detr_lightning.progress import ImageProgress, calm
 from detr_lightning.store.run import IncompleteError, free_bytes
 from detr_lightning.store.state import BusyError
 from detr_lightning.writer import EmbeddingWriter
@@ -34,13 +35,18 @@ from detr_lightning.writer import EmbeddingWriter
 LINKS = {"extract_type": "model.extract_type", "output_dir": "writer.output_dir"}
 """Top-level keys, and the settings they stand for."""
 
-QUIET = (
-    r".*does not have many workers.*",
-    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
-    r".*multi-threaded, use of fork\(\) may lead to deadlocks.*",
-    r".*LightningCLI's args parameter is intended to run from within Python.*",
-)
-"""Warnings that Lightning, torch and Python give about each other, on which a user can do nothing."""
+LAUNCHER = "DETR_LIGHTNING_LAUNCHER"
+"""The environment variable that holds the process which launched the other ranks of its node."""
+
+INTERRUPTED = "Interrupted. What is finished is kept: run the same command again to go on."
+LOST = {
+    "DataLoader worker": "A process that reads images ended ({}). If memory ran out, set data.num_workers or "
+    "data.batch_size lower. What is finished is kept: run the same command again to go on.",
+    "ended before": "{}",
+    "gloo": "Another rank ended: see its message ({}).",
+    "Connection closed by peer": "Another rank ended: see its message ({}).",
+}
+"""Errors of processes that were lost, by what torch says of them, and what to tell the user."""
 
 
 class CommandError(ValueError):
@@ -49,6 +55,9 @@ class CommandError(ValueError):
 
 class CommandParser(LightningArgumentParser):
     """A parser that says what is wrong in a line or two."""
+
+    names: ClassVar[set[str]] = set()
+    """All settings of all subcommands."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -62,15 +71,11 @@ class CommandParser(LightningArgumentParser):
         text = " ".join(str(ex or message).split())
         for target in LINKS.values():
             if target in text:
-                text = f"{target} is set by its top-level key: use {_top_level(target)} instead."
-        unknown = re.search(r"(?:[Kk]ey '?|arguments?:? (?:--)?)([\w.]+)'?", text)
-        names = [action.dest for action in self._actions]
-        if unknown and unknown[1] not in names:
-            nested = re.search(r'"(predict|validate)"', text)
-            name = unknown[1].removeprefix(nested[1] + "." if nested else "")
-            near = difflib.get_close_matches(name, names, n=1)
-            if near:
-                text += f" Did you mean {near[0]!r}?"
+                raise CommandError(_linked(target))
+        unknown = re.search(r"(?:unrecognized arguments: --|option '|[Kk]ey ')([\w.]+)", text)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self.names, n=1)
+            text += f". Did you mean {near[0]!r}?" if near else ""
         raise CommandError(text)
 
 
@@ -118,20 +123,20 @@ class DETRCLI(LightningCLI):
         for source, target in LINKS.items():
             parser.link_arguments(source, target)
 
-    def before_instantiate_classes(self) -> None:
-        """Refuse a linked setting in a YAML, which would be overwritten without a word.
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, and check the files it names first.
 
         Raises:
-            CommandError: There is one.
+            CommandError: A file is not YAML with settings, or sets one that a top-level key would overwrite in silence.
         """
-        import yaml
-
-        for path in self.config[self.subcommand].config or ():
-            settings = yaml.safe_load(Path(path.absolute).read_text(encoding="utf-8"))
-            for target in LINKS.values():
-                group, key = target.split(".")
-                if isinstance(settings, dict) and key in (settings.get(group) or {}):
-                    raise CommandError(f"{path}: {target} is set by its top-level key: use {_top_level(target)} instead.")
+        for subparser in self._subcommand_parsers.values():
+            CommandParser.names |= {action.dest for action in subparser._actions}
+        words = sys.argv[1:] if args is None else args
+        for flag, word in zip(words, [*words[1:], ""], strict=False):
+            name, _, value = flag.partition("=")
+            if name in ("-c", "--config"):
+                _check_config(Path(value or word))
+        super().parse_arguments(parser, args)
 
     @property
     def writer(self) -> EmbeddingWriter:
@@ -189,11 +194,13 @@ class DETRCLI(LightningCLI):
         """Compute COCO's detection metrics, print and keep them."""
         self.trainer.validate(**kwargs, verbose=False)
         self.summary = self.model.metrics
-        table = Table(title=f"{self.model.checkpoint.name} on {len(self.datamodule.records)} images", title_justify="left")
-        for name in self.summary:
-            table.add_column(name, justify="right")
-        table.add_row(*(f"{value:.3f}" for value in self.summary.values()))
         if rank_zero_only.rank == 0:
+            images = _count(len(self.datamodule.records), "image")
+            table = Table(title=f"{self.model.checkpoint.name} on {images}", title_justify="left")
+            table.add_column("COCO metric")
+            table.add_column("value", justify="right")
+            for name, value in self.summary.items():
+                table.add_row(name, f"{value:.3f}")
             Console().print(table)
 
     def _check_precision(self) -> None:
@@ -206,18 +213,23 @@ class DETRCLI(LightningCLI):
 
     def _announcement(self, pending: int, finished: int, needed: int, free: int) -> list[Any]:
         model, data = self.model, self.datamodule
-        lines = [f"{model.detr.architecture.name} ({model.checkpoint.name}): {model.checkpoint.notes}"]
+        lines = [f"{model.checkpoint.name}: {model.checkpoint.notes}"]
         if self._done:
-            return [*lines, f"{self.writer.output_dir} is finished: all {finished} images are there. Nothing to do."]
+            return [
+                *lines,
+                f"{self.writer.output_dir} is finished: {_count(finished, 'image')}, all there. Nothing to do.",
+            ]
         there = f", {finished} more are there already" if finished else ""
         lines.append(
-            f"{pending} images to {self.writer.output_dir} ({model.hparams['extract_type']}){there}: "
+            f"{_count(pending, 'image')} to {self.writer.output_dir} ({model.hparams['extract_type']}){there}: "
             f"about {decimal(needed)}, {decimal(free)} free"
         )
         if not data.records:
             return lines
         record = data.records[0]
-        table = Table(title=f"Each image, such as {record.file_name} ({record.width}x{record.height})", title_justify="left")
+        table = Table(
+            title=f"Each image, such as {record.file_name} ({record.width}x{record.height})", title_justify="left"
+        )
         for column, justify in (("key", "left"), ("shape", "left"), ("dtype", "left"), ("bytes", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         architecture = model.detr.architecture
@@ -235,16 +247,16 @@ class DETRCLI(LightningCLI):
         written, size = writer.images_written, writer.bytes_written
         table = Table(show_header=False)
         others = " by rank 0" if self.trainer.world_size > 1 else ""
-        table.add_row("written", f"{written} images{others}, {decimal(size)}")
-        table.add_row("folder", f"{writer.output_dir}: {metadata['num_images']} images and metadata.json")
+        table.add_row("written", f"{_count(written, 'image')}{others}, {decimal(size)}")
+        table.add_row("folder", f"{writer.output_dir}: {_count(metadata['num_images'], 'image')} and metadata.json")
         table.add_row("time", f"{seconds:.1f} s, {written / seconds:.2f} images/s")
         if failed:
-            table.add_row("skipped", f"{len(failed)} images, listed under 'failed' in metadata.json")
+            table.add_row("skipped", f"{_count(len(failed), 'image')}, listed under 'failed' in metadata.json")
             for entry in failed[:10]:
                 table.add_row("", f"{entry['file_name']}: {entry['reason']}")
         self._say(table)
         if failed:
-            self._say(f"Warning: {len(failed)} images could not be read and were skipped.")
+            self._say(f"Warning: {_count(len(failed), 'image')} could not be read.")
 
     def _say(self, *things: Any) -> None:
         if rank_zero_only.rank == 0:
@@ -261,22 +273,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 1 for an error, which is printed as one message.
     """
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message=message)
     _end_with_parent()
     try:
-        DETRCLI(argv)
+        with calm(), _sigterm_as_interrupt():
+            DETRCLI(argv)
     except KeyboardInterrupt:
-        return _fail("Interrupted.", 130)
-    except (OSError, ValueError, BusyError, IncompleteError, ImportError) as error:
+        return _fail(INTERRUPTED, 130)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning has turned into an exit
+            return _fail(INTERRUPTED, 130)
+        raise
+    except (OSError, ValueError, BusyError, IncompleteError, ImportError, MisconfigurationException) as error:
         return _fail(str(error), 1)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error) and "ended before" not in str(error):
-            raise
-        return _fail(str(error), 1)
+        for sign, message in LOST.items():
+            if sign in str(error):
+                return _fail(message.format(" ".join(str(error).split())), 1)
+        raise
     return 0
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """End as orderly on SIGTERM as on Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int) -> int:
@@ -286,16 +313,41 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _top_level(target: str) -> str:
-    return next(f"{source} (--{source})" for source, linked in LINKS.items() if linked == target)
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
+
+
+def _check_config(path: Path) -> None:
+    import yaml
+
+    if not path.is_file():
+        raise CommandError(f"--config names {path}, which is no file.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CommandError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise CommandError(f"{path} holds no settings. Expected keys such as 'data:' or 'output_dir:'.")
+    for target in LINKS.values():
+        group, key = target.split(".")
+        if isinstance(settings.get(group), dict) and key in settings[group]:
+            raise CommandError(f"{path}: {_linked(target)}")
+
+
+def _linked(target: str) -> str:
+    source = next(source for source, linked in LINKS.items() if linked == target)
+    return f"{target} is set by its top-level key: use {source} (--{source}) instead."
 
 
 def _end_with_parent() -> None:
     """End a rank within seconds of the process that launched it: nobody else would."""
-    launched = os.environ.get("TORCHELASTIC_RUN_ID") or int(os.environ.get("LOCAL_RANK", "0")) > 0
-    if not launched or any(thread.name == "parent-watch" for thread in threading.enumerate()):
-        return
+    by_torchrun, by_rank_0 = "TORCHELASTIC_RUN_ID" in os.environ, int(os.environ.get("LOCAL_RANK", "0")) > 0
     parent = os.getppid()
+    if by_rank_0 and not by_torchrun:
+        parent = int(os.environ.get(LAUNCHER, parent))  # It may have died while this process imported.
+    os.environ[LAUNCHER] = str(os.getpid())
+    if not (by_torchrun or by_rank_0) or any(thread.name == "parent-watch" for thread in threading.enumerate()):
+        return
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -73,9 +73,8 @@ def export(
         _write_parquet(path, key, blocks)
         return [path]
     beside = path.with_suffix(".ids.npy")
-    with replacing(beside) as file:
-        np.save(file, np.asarray(ids, dtype=np.int64))
-    with replacing(path) as file:
+    with replacing(beside) as ids_file, replacing(path) as file:
+        np.save(ids_file, np.asarray(ids, dtype=np.int64))
         _write_npy(file, len(ids), blocks)
     return [path, beside]
 

@@ -100,11 +100,11 @@ class DETRExtractor(LightningModule):
             feature_size = list(zip(rows, columns, strict=True))
         else:
             feature_size = [self.detr.architecture.feature_size(size) for size in batch["input_size"]]
-        if torch.is_inference_mode_enabled():
-            # What is cloned outside of inference mode can enter autograd.
-            with torch.inference_mode(False), torch.no_grad():
-                tensors = {key: tensor.clone() for key, tensor in tensors.items()}
-        return {"image_id": batch["image_id"], "feature_size": feature_size} | tensors
+        names = [*self.keys, *(["padding_mask"] if "padding_mask" in tensors else [])]
+        # What is cloned outside of inference mode can enter autograd.
+        with torch.inference_mode(False), torch.no_grad():
+            kept = {name: tensors[name].clone() if tensors[name].is_inference() else tensors[name] for name in names}
+        return {"image_id": batch["image_id"], "feature_size": feature_size} | kept
 
     def on_validation_start(self) -> None:
         """Check that the images have annotations and the model a logit for each category.

@@ -74,6 +74,11 @@ class EmbeddingWriter(BasePredictionWriter):
         data.setup("predict")
         if self.if_exists == "resume" and data.annotation_file is None:
             data.keep_ids(ExtractionRun(self.output_dir, {}, ()).file_ids())
+        self.extraction = self._run(trainer, model, data)
+        self.extraction.inspect()
+        return self.extraction
+
+    def _run(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun:
         images = [
             {
                 "id": record.image_id,
@@ -87,10 +92,7 @@ class EmbeddingWriter(BasePredictionWriter):
         failures = [
             {"id": record.image_id, "file_name": record.file_name, "reason": reason} for record, reason in data.failures
         ]
-        run = ExtractionRun(self.output_dir, self._header(trainer, model, data), images, failures, self.if_exists)
-        run.inspect()
-        self.extraction = run
-        return run
+        return ExtractionRun(self.output_dir, self._header(trainer, model, data), images, failures, self.if_exists)
 
     def bytes_needed(self, model: DETRExtractor) -> int:
         """Return about how many bytes the planned images that are not finished will take."""
@@ -106,7 +108,7 @@ class EmbeddingWriter(BasePredictionWriter):
         """Begin the run on rank 0, and tell the others what is finished.
 
         Raises:
-            OSError: The folder cannot be used, or the ranks see different folders.
+            OSError: The folder cannot be used, or is not the same for all ranks.
             ValueError: It holds another extraction, whose settings or images differ.
             BusyError: Another run is at work in it.
         """
@@ -122,7 +124,11 @@ class EmbeddingWriter(BasePredictionWriter):
                 run = self.extraction or self.plan(trainer, pl_module, data)
                 run.begin()
                 run.join(0)
-                told = run.token, frozenset(run.finished), [(record.file_name, record.image_id) for record in data.records]
+                told = (
+                    run.token,
+                    frozenset(run.finished),
+                    [(record.file_name, record.image_id) for record in data.records],
+                )
             except Exception as raised:
                 error = raised
         told, failed = trainer.strategy.broadcast((told, error is not None))
@@ -130,19 +136,26 @@ class EmbeddingWriter(BasePredictionWriter):
             raise error
         if failed:
             raise SystemExit(1)  # rank 0 says why
-        token, finished, known = told
+        token, data.finished, known = told
+        problem = None
         if not trainer.is_global_zero:
-            data.keep_ids(dict(known))
-            run = self.plan(trainer, pl_module, data)
-        data.finished = finished
-        shared = run.shares_folder(token)
-        if not trainer.is_global_zero and shared:
-            run.join(trainer.global_rank)
-        if not trainer.strategy.reduce_boolean_decision(shared, all=True):
+            try:
+                data.keep_ids(dict(known))
+                self.extraction = self._run(trainer, pl_module, data)
+                if self.extraction.shares_folder(token):
+                    self.extraction.join(trainer.global_rank)
+                else:
+                    problem = (
+                        f"output_dir {self.output_dir} is not the folder of rank 0. Choose one that all nodes share."
+                    )
+            except Exception as raised:
+                problem = str(raised)
+        problems = _gathered(trainer, problem)
+        if any(problems):
+            if not trainer.is_global_zero:
+                raise SystemExit(1)
             raise OSError(
-                f"output_dir {self.output_dir} is not one folder for all ranks: rank {trainer.global_rank} of "
-                f"{trainer.world_size} {'sees' if shared else 'does not see'} what rank 0 wrote there. "
-                "Choose a folder that all nodes share."
+                "; ".join(f"rank {rank} of {len(problems)}: {text}" for rank, text in enumerate(problems) if text)
             )
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -197,6 +210,12 @@ class EmbeddingWriter(BasePredictionWriter):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop what is waiting, finish the files that are being written, and let go of the folder."""
         self._stop()
+        if self.extraction is not None:
+            self.extraction.leave(done=False)
+            self.extraction.release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the folder, also where nothing was predicted."""
         if self.extraction is not None:
             self.extraction.leave(done=False)
             self.extraction.release()
@@ -260,6 +279,14 @@ class EmbeddingWriter(BasePredictionWriter):
                 },
             },
         }
+
+
+def _gathered(trainer: Trainer, value: Any) -> list[Any]:
+    """Return what each rank gave."""
+    values = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 class _to_host:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from detr_lightning.data.batching import BATCHINGS, collate, plan_batches
+from detr_lightning.data.batching import BATCHINGS, Size, collate, plan_batches
 from detr_lightning.data.files import UnreadableImageError, image_folder, locate
 from detr_lightning.data.images import Failure, ImageRecord, read_coco, read_folder, select
 from detr_lightning.data.transforms import BACKENDS, read_pixels, resized_size
@@ -103,7 +104,8 @@ class COCODataModule(LightningDataModule):
         if self.hparams["download"]:
             from detr_lightning.data.download import download_val2017
 
-            download_val2017(Path(self.image_dir), self.annotation_file and Path(self.annotation_file))
+            annotation_file = None if self.annotation_file is None else Path(self.annotation_file)
+            download_val2017(Path(self.image_dir), annotation_file)
 
     def setup(self, stage: str | None = None) -> None:
         """Find the images and their sizes; decode none.
@@ -115,12 +117,7 @@ class COCODataModule(LightningDataModule):
         """
         if self._ready:
             return
-        failures: list[Failure] = []
-        max_pixels = self.hparams["max_image_pixels"]
-        if self.annotation_file is not None:
-            records, self.categories = read_coco(self.image_dir, self.annotation_file, failures, max_pixels)
-        else:
-            records, failures = read_folder(self.image_dir, self._known_ids, max_pixels)
+        records, failures = self.find()
         unusable = dict(failures)
         chosen = select([*records, *unusable], self.hparams["image_ids"], self.hparams["limit"])
         self.records = []
@@ -139,6 +136,20 @@ class COCODataModule(LightningDataModule):
             else:
                 self.failures.append((record, reason))
         self._ready = True
+
+    def find(self) -> tuple[list[ImageRecord], list[Failure]]:
+        """Return all images that there are, and those whose size cannot be read."""
+        failures: list[Failure] = []
+        max_pixels = self.hparams["max_image_pixels"]
+        if self.annotation_file is None:
+            return read_folder(self.image_dir, self._known_ids, max_pixels)
+        records, self.categories = read_coco(self.image_dir, self.annotation_file, failures, max_pixels)
+        return records, failures
+
+    def reader(self) -> Callable[[ImageRecord, Size], Tensor]:
+        """Return what reads an image at a size: uint8 `[3, height, width]`. It travels to the data workers."""
+        image_folder(self.image_dir)
+        return partial(_read_file, self.image_dir, self.hparams["image_backend"], self.hparams["max_image_pixels"])
 
     def keep_ids(self, known: Mapping[str, int]) -> None:
         """Let the files of a folder without annotations keep the ids that an earlier run gave them.
@@ -214,7 +225,6 @@ class COCODataModule(LightningDataModule):
     def _loader(self, finished: Collection[int]) -> DataLoader[Any]:
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        image_folder(self.image_dir)
         batches = plan_batches(
             self.records, self.resize, self.batch_size, self.hparams["batching"], finished, rank, world_size
         )
@@ -241,13 +251,11 @@ class ImageBatches(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, data: COCODataModule, batches: Sequence[Batch]) -> None:
-        self.image_dir = data.image_dir
-        self.resize = data.resize
-        self.backend = data.hparams["image_backend"]
-        self.max_pixels = data.hparams["max_image_pixels"]
-        self.padded = data.hparams["batching"] == "padded"
         self.num_images = sum(map(len, batches))
         self._batches = batches
+        self._read = data.reader()
+        self._resize = data.resize
+        self._padded = data.hparams["batching"] == "padded"
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -255,15 +263,18 @@ class ImageBatches(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         items, failed = [], []
         for record in self._batches[index]:
-            size = self.resize(record.size)
+            size = self._resize(record.size)
             try:
-                path = locate(self.image_dir, record)
-                items.append((record, read_pixels(path, record, size, self.backend, self.max_pixels), size))
+                items.append((record, self._read(record, size), size))
             except UnreadableImageError as error:
                 failed.append((record.image_id, error.reason))
             except FileNotFoundError:
                 failed.append((record.image_id, "no such file"))
-        return collate(items, self.padded, failed)
+        return collate(items, self._padded, failed)
+
+
+def _read_file(image_dir: str, backend: str, max_pixels: int | None, record: ImageRecord, size: Size) -> Tensor:
+    return read_pixels(locate(image_dir, record), record, size, backend, max_pixels)
 
 
 def _unwrap(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -77,11 +77,22 @@ def read_pixels(
     with open_image(path, max_pixels) as image:
         _check_size(path, image, record)
         pixels = _torchvision_pixels(path, image, size) if backend == "torchvision" else None
-        if pixels is None:
-            height, width = size
-            resized = rgb(image).resize((width, height), Image.Resampling.BILINEAR)
-            pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W], a view
-    return pixels
+        return to_pixels(image, size) if pixels is None else pixels
+
+
+def to_pixels(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """Make an image RGB and resize it, as the official code does.
+
+    Args:
+        image: An image of any mode.
+        size: Height and width of the result.
+
+    Returns:
+        uint8 `[3, height, width]`, whose memory is ordered height, width, channel.
+    """
+    height, width = size
+    resized = rgb(image).resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W], a view
 
 
 def rgb(image: Image.Image) -> Image.Image:

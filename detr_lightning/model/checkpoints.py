@@ -72,7 +72,7 @@ def load(weights: str, nheads: int | None = None, dilation: bool | None = None) 
     architecture = _sizes(source)
     heads, heads_from = _settle(source, "nheads", nheads, architecture.nheads)
     dilated, dilated_from = _settle(source, "dilation", dilation, False)
-    architecture = replace(architecture, nheads=_divides(heads, architecture.hidden_dim), dilation=dilated)
+    architecture = _checked(replace(architecture, nheads=heads, dilation=dilated))
     notes = f"{architecture.name}: {heads} heads ({heads_from}), {'' if dilated else 'not '}dilated ({dilated_from})"
     # Copied, for a file may be mapped, and may be replaced while the model is in use.
     tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in source.tensors.items()}
@@ -186,13 +186,20 @@ def _settle(source: _Source, setting: str, given: Any, default: Any) -> tuple[An
     return known, source.known_from
 
 
-def _divides(nheads: int, hidden_dim: int) -> int:
-    if nheads < 1 or hidden_dim % nheads:
+def _checked(architecture: Architecture) -> Architecture:
+    """Refuse what cannot be built."""
+    heads, width = architecture.nheads, architecture.hidden_dim
+    if heads < 1 or width % heads:
         raise ValueError(
-            f"model.nheads is {nheads}, which does not divide the model's width of {hidden_dim}. Set it to the number "
-            "of heads that the model was trained with."
+            f"model.nheads is {heads}, which does not divide the model's width of {width}. "
+            "Set it to the number of heads that the model was trained with."
         )
-    return nheads
+    if architecture.dilation and architecture.block == "basic":
+        raise ValueError(
+            "model.dilation is True, but only ResNets of bottleneck blocks, 50 layers and more, have a dilated form. "
+            f"This is a {replace(architecture, dilation=False).name}."
+        )
+    return architecture
 
 
 def _fill(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> DETR:
@@ -220,8 +227,8 @@ def _random(nheads: int | None, dilation: bool | None) -> Checkpoint:
     They keep the variance of what passes through, and attention sharp: with the usual ones, and nothing learned, the
     embeddings of all queries are all but equal.
     """
-    architecture = Architecture(nheads=nheads or Architecture.nheads, dilation=bool(dilation))
-    _divides(architecture.nheads, architecture.hidden_dim)
+    heads = Architecture.nheads if nheads is None else nheads
+    architecture = _checked(Architecture(nheads=heads, dilation=bool(dilation)))
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in DETR(architecture).state_dict().items()}
     generator = torch.Generator().manual_seed(SEED)  # the global one is the user's
@@ -235,5 +242,5 @@ def _random(nheads: int | None, dilation: bool | None) -> Checkpoint:
         else:
             tensors[key] = torch.full(shape, float(key.endswith(("weight", "running_var"))), device="cpu")
         digest.update(tensors[key].numpy().data)
-    notes = f"{architecture.name}: random weights (seed {SEED}), {architecture.nheads} heads"
+    notes = f"{architecture.name}: random weights (seed {SEED}), {heads} heads"
     return Checkpoint(_fill(RANDOM, architecture, tensors), RANDOM, digest.hexdigest(), notes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
@@ -30,6 +32,10 @@ IF_EXISTS = ("resume", "overwrite", "error")
 
 Entry = dict[str, Any]
 """What the metadata says about one image."""
+
+FINISHED = {"id", "file_name", "width", "height", "input_size", "feature_size", "bytes"}
+SKIPPED = {"id", "file_name", "reason"}
+"""What an entry tells of a finished and of a skipped image; one that lacks any is as good as none."""
 
 
 class IncompleteError(RuntimeError):
@@ -79,6 +85,7 @@ class ExtractionRun:
         self.failures = {entry["id"]: entry for entry in failures}
         self.if_exists = if_exists
         self.token: str | None = None
+        self._seen: tuple[Any, ...] = ()
         self.finished: dict[int, Entry] = {}
         self.failed_before: dict[int, Entry] = {}
         self.complete = False
@@ -110,6 +117,7 @@ class ExtractionRun:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"output_dir {folder} is a file. Choose a folder, or remove the file.")
         self.finished, self.failed_before, self.complete, self.token, self._recorded = {}, {}, False, None, set()
+        self._seen = self._stamp()
         if not folder.exists():
             return
         if self.if_exists == "error" and any(folder.iterdir()):
@@ -121,7 +129,9 @@ class ExtractionRun:
         if before is None or self.if_exists == "overwrite":
             return
         self.finished = {
-            image_id: entry for image_id, entry in entries.items() if is_whole(folder / file_name(image_id), entry["bytes"])
+            image_id: entry
+            for image_id, entry in entries.items()
+            if is_whole(folder / file_name(image_id), entry["bytes"])
         }
         if self.finished:
             self._refuse_other_settings(before)
@@ -140,14 +150,15 @@ class ExtractionRun:
         state = self.folder / STATE
         state.mkdir(parents=True, exist_ok=True)
         self._lock = hold(state / "lock", list(state.glob("rank-*.jsonl")))
-        if self._token_now() != self.token:
+        if self._stamp() != self._seen:
             self.inspect()  # Another run has begun, and ended, since.
         for leftover in (*self.folder.glob(TEMPORARY), *state.glob(TEMPORARY)):
             leftover.unlink(missing_ok=True)
         if self.if_exists == "overwrite":
             self._remove_recorded()
         with replacing(state / "done.jsonl") as file:
-            for entry in (*self.failed_before.values(), *self.finished.values()):
+            failed = (entry for image_id, entry in self.failed_before.items() if image_id not in self.images)
+            for entry in (*failed, *self.finished.values()):  # What is planned now is tried again.
                 file.write(json.dumps(entry).encode() + b"\n")
         for journal in state.glob("rank-*.jsonl"):
             journal.unlink()
@@ -243,7 +254,7 @@ class ExtractionRun:
         if (self.folder / METADATA).exists():
             before = read_metadata(self.folder, unfinished=True)
         if run.exists():
-            before = {**(before or {}), **json.loads(run.read_bytes())}
+            before = {**(before or {}), **_read_state(run)}
             self.token = before["token"]
         if before is None:
             return None, {}
@@ -254,26 +265,42 @@ class ExtractionRun:
     def _read_entries(self, metadata: Mapping[str, Any] | None = None) -> tuple[dict[int, Entry], dict[int, Entry]]:
         """Return, by id, the finished images and the skipped ones: of metadata where given, and of the journals."""
         metadata = metadata or {}
-        entries = {entry["id"]: entry for entry in metadata.get("images", ())}
-        failed = {entry["id"]: entry for entry in metadata.get("failed", ())}
-        state = self.folder / STATE
-        for journal in sorted(state.glob("*.jsonl")):  # done.jsonl first
-            for entry in read_journal(journal):
-                if "bytes" in entry:
-                    entries[entry["id"]] = entry
-                elif "reason" in entry:
-                    failed[entry["id"]] = entry
+        journals = sorted((self.folder / STATE).glob("*.jsonl"))  # done.jsonl first
+        listed = (*metadata.get("images", ()), *metadata.get("failed", ()))
+        entries, failed = {}, {}
+        for entry in itertools.chain(listed, *map(read_journal, journals)):
+            if not isinstance(entry, dict):
+                continue
+            if entry.keys() >= FINISHED:
+                entries[entry["id"]] = entry
+            elif entry.keys() >= SKIPPED:
+                failed[entry["id"]] = entry
         return entries, {image_id: entry for image_id, entry in failed.items() if image_id not in entries}
 
     def _token_now(self) -> str | None:
         try:
-            token: str = json.loads((self.folder / STATE / "run.json").read_bytes())["token"]
+            token: str = _read_state(self.folder / STATE / "run.json")["token"]
         except FileNotFoundError:
             return None
         return token
 
+    def _stamp(self) -> tuple[Any, ...]:
+        """Return what tells whether another run has changed the folder."""
+        try:
+            metadata = os.stat(self.folder / METADATA)
+        except FileNotFoundError:
+            return self._token_now(), None
+        return self._token_now(), metadata.st_ino, metadata.st_mtime_ns
+
     def _refuse_other_settings(self, before: Mapping[str, Any]) -> None:
-        then, now = identity(before), identity(self.header)
+        try:
+            then = identity(before)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"output_dir {self.folder} does not say with which settings its images were extracted (no {error}). "
+                "Choose another output_dir, or writer.if_exists=overwrite."
+            ) from error
+        now = identity(self.header)
         differences = [f"{name} was {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
         if differences:
             raise ValueError(
@@ -298,6 +325,18 @@ class ExtractionRun:
             journal.unlink()
         for image_id in self._recorded:
             (self.folder / file_name(image_id)).unlink(missing_ok=True)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return what a run wrote down when it began."""
+    try:
+        state: dict[str, Any] = json.loads(path.read_bytes())
+        return state | {"token": str(state["token"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}). "
+            f"Remove {path.parent} and run the same command again: what it cannot vouch for is extracted anew."
+        ) from error
 
 
 def free_bytes(folder: Path) -> int:

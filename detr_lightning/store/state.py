@@ -12,6 +12,7 @@ Holding is the operating system's file lock: it ends with its process, however t
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -35,6 +36,7 @@ class Held:
 
     Raises:
         BusyError: Another process holds it; the message is the file's first line.
+        OSError: It cannot be opened, or its file system has no locks.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,11 +44,18 @@ class Held:
             self.file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - stays open
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 self.file.seek(0)
                 holder = self.file.readline().strip()
                 self.file.close()
                 raise BusyError(holder) from None
+            except OSError as error:
+                self.file.close()
+                raise OSError(
+                    error.errno,
+                    f"{path} cannot be locked ({error.strerror}), so two runs could get into each other's way. "
+                    "Choose an output_dir on a file system that has locks (flock).",
+                ) from error
             # Whoever held it before may have deleted it in the meantime.
             if path.exists() and os.path.samestat(os.fstat(self.file.fileno()), path.stat()):
                 break
@@ -69,22 +78,35 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._held = Held(path)
         self._lock = threading.Lock()
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Append an entry; any thread may call it."""
+        """Append an entry; any thread may call it.
+
+        Raises:
+            OSError: It cannot be written; the message names the file.
+        """
         line = json.dumps(entry) + "\n"
         with self._lock:
-            self._held.file.write(line)
-            self._held.file.flush()
+            try:
+                self._held.file.write(line)
+                self._held.file.flush()
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"{error.strerror}: {self._path} needs {len(line)} bytes. "
+                    "Free some space or lift the limit, then run the same command again.",
+                ) from error
 
     def close(self, done: bool) -> None:
         """Let go; `done` says that the rank has been through all it was given."""
         if not self._held.file.closed:
             if done:
                 self.add({"done": True})
-            self._held.file.close()
+            with contextlib.suppress(OSError):  # What add could not write, and has said so, it would try again.
+                self._held.file.close()
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
@@ -93,7 +115,7 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(entry, dict):
                 yield entry

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from rich.console import Group
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -66,20 +67,23 @@ def summary(folder: str | os.PathLike[str]) -> Group:
     store = EmbeddingStore(folder)
     metadata = store.metadata
     model, images = metadata.get("model", {}), metadata["images"]
+    failed = metadata.get("failed", [])
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    facts.add_row("folder", str(store.folder))
-    facts.add_row("images", f"{len(store)}")
-    facts.add_row("failed", f"{len(metadata.get('failed', []))}")
-    facts.add_row("extract type", str(metadata["extract_type"]))
-    facts.add_row("model", f"{model.get('weights', 'unknown')}  (sha256 {str(model.get('sha256'))[:8]})")
-    facts.add_row(
-        "stored as", f"{metadata.get('dtype', 'unknown')}, computed in {metadata.get('precision', 'unknown')}"
-    )
-    facts.add_row("on disk", decimal(sum(image.get("bytes", 0) for image in images)))
+    for name, value in {
+        "folder": store.folder,
+        "images": len(store),
+        "failed": len(failed),
+        "extract type": metadata["extract_type"],
+        "model": f"{model.get('weights', 'unknown')}  (sha256 {str(model.get('sha256'))[:8]})",
+        "stored as": f"{metadata.get('dtype', 'unknown')}, computed in {metadata.get('precision', 'unknown')}",
+        "on disk": decimal(sum(image.get("bytes", 0) for image in images)),
+        **{f"failed {entry.get('id')}": f"{entry.get('file_name')}: {entry.get('reason')}" for entry in failed[:5]},
+    }.items():
+        facts.add_row(escape(name), escape(str(value)))
 
-    keys = Table("key", "shape", "dtype", "bytes of all images", title_justify="left")
+    keys = Table("key", "shape", "dtype", "all images")
     keys.columns[3].justify = "right"
     if images:
         first = store[images[0]["id"]]
@@ -87,15 +91,9 @@ def summary(folder: str | os.PathLike[str]) -> Group:
         for key, tensor in first.items():
             varies = key in _SPATIAL and len({str(image.get("feature_size")) for image in images}) > 1
             share = sum(areas) / areas[0] if key in _SPATIAL else len(images)
-            shape = f"{list(tensor.shape)}{'  (varies with the image)' if varies else ''}"
-            keys.add_row(
-                key,
-                shape.replace("[", r"\["),
-                str(tensor.dtype).removeprefix("torch."),
-                decimal(int(tensor.nbytes * share)),
-            )
-    for failed in metadata.get("failed", [])[:5]:
-        facts.add_row("", f"{failed.get('file_name')}: {failed.get('reason')}")
+            shape = f"{list(tensor.shape)}{', varies' if varies else ''}"
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            keys.add_row(key, escape(shape), dtype, decimal(int(tensor.nbytes * share)))
     return Group(facts, keys)
 
 

@@ -1,0 +1,398 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from detr_lightning.model import DETR, Architecture, checkpoints
+from detr_lightning.model.checkpoints import OFFICIAL
+from detr_lightning.model.official import Official
+
+TINY = Architecture("bottleneck", (1, 2, 1, 1), 32, 8, 1, 2, 48, 5, 7)
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    """The tensors of a tiny DETR, exact in bfloat16."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {name: tensor.detach().bfloat16().float() for name, tensor in DETR(TINY).state_dict().items()}
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., str]:
+    def save(content: Any, name: str = "detr.pth", **options: Any) -> str:
+        torch.save(content, tmp_path / name, **options)
+        return str(tmp_path / name)
+
+    return save
+
+
+class TestOfficialLayout:
+    @pytest.mark.parametrize(
+        "layout",
+        [
+            "published",
+            "state_dict",
+            "training",
+            "panoptic",
+            "distributed",
+            "half",
+            "bfloat16",
+            "old format",
+            "counters",
+        ],
+    )
+    def test_is_read(self, state: State, save: Callable[..., str], layout: str) -> None:
+        if layout == "state_dict":
+            path = save(state)
+        elif layout == "training":
+            rest = {"optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "epoch": 3}
+            path = save({"model": state, **rest, "args": Namespace(nheads=8, dilation=False, lr=1e-4, masks=False)})
+        elif layout == "panoptic":
+            mask_head = {"mask_head.lay1.weight": torch.ones(2), "bbox_attention.q_linear.weight": torch.ones(2)}
+            path = save({"model": {f"detr.{name}": tensor for name, tensor in state.items()} | mask_head})
+        elif layout == "distributed":
+            path = save({"model": {f"module.{name}": tensor for name, tensor in state.items()}})
+        elif layout in ("half", "bfloat16"):
+            dtype = getattr(torch, layout)
+            state = {name: tensor.to(dtype) for name, tensor in state.items()}
+            path = save({"model": state})
+        elif layout == "counters":
+            path = save({"model": state | {"backbone.0.body.bn1.num_batches_tracked": torch.tensor(3)}})
+        else:
+            path = save({"model": state}, _use_new_zipfile_serialization=layout != "old format")
+
+        checkpoint = checkpoints.load(path)
+        assert checkpoint.model.architecture == TINY
+        assert checkpoint.name == "detr.pth"
+        assert checkpoint.sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        loaded = checkpoint.model.state_dict()
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in state.items())
+        assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+        assert not checkpoint.model.training
+        assert not any(parameter.requires_grad for parameter in checkpoint.model.parameters())
+
+    @pytest.mark.parametrize("architecture", [Architecture(), Architecture(blocks=(3, 4, 23, 3), num_logits=251)])
+    def test_sizes_are_read_off_the_tensors(self, architecture: Architecture) -> None:
+        with torch.device("meta"):
+            tensors = DETR(architecture).state_dict()
+        source = checkpoints._Source("x", "", tensors, {}, "")
+        assert checkpoints._sizes(source) == architecture
+
+    def test_the_model_outlives_its_file(self, state: State, save: Callable[..., str]) -> None:
+        path = save({"model": state})
+        model = checkpoints.load(path).model
+        Path(path).write_bytes(b"")
+        assert torch.equal(model.state_dict()["query_embed.weight"], state["query_embed.weight"])
+
+
+class TestWhatTensorsDoNotTell:
+    def test_defaults_are_said(self, state: State, save: Callable[..., str]) -> None:
+        notes = checkpoints.load(save(state)).notes
+        assert notes == (
+            "DETR-R17: 8 heads (the default: the file does not say), not dilated (the default: the file does not say)"
+        )
+
+    @pytest.mark.parametrize("args", [Namespace(nheads=4, dilation=True), {"nheads": 4, "dilation": True}])
+    def test_args_tell(self, state: State, save: Callable[..., str], args: Any) -> None:
+        checkpoint = checkpoints.load(save({"model": state, "args": args}), nheads=4)
+        assert (checkpoint.model.architecture.nheads, checkpoint.model.architecture.dilation) == (4, True)
+        assert checkpoint.notes == "DETR-R17-DC5: 4 heads (from its args), dilated (from its args)"
+
+    def test_the_user_tells(self, state: State, save: Callable[..., str]) -> None:
+        checkpoint = checkpoints.load(save(state), nheads=2, dilation=True)
+        assert checkpoint.notes == "DETR-R17-DC5: 2 heads (as given), dilated (as given)"
+
+    def test_a_known_file_is_recognised_under_any_name(
+        self, state: State, save: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = save({"model": state}, "renamed.pth")
+        prefix = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+        monkeypatch.setitem(OFFICIAL, "detr_resnet50_dc5", Official("x.pth", prefix, 43.3, dilation=True))
+        assert checkpoints.load(path).notes == (
+            "DETR-R17-DC5: 8 heads (known by its sha256), dilated (known by its sha256)"
+        )
+        with pytest.raises(ValueError, match=r"model.dilation is False, but renamed.pth has dilation True \(known by"):
+            checkpoints.load(path, dilation=False)
+
+    def test_contradictions_are_refused(self, state: State, save: Callable[..., str]) -> None:
+        path = save({"model": state, "args": Namespace(nheads=4, dilation=False)})
+        with pytest.raises(ValueError, match=r"model.nheads is 8, but detr.pth has nheads 4 \(from its args\)"):
+            checkpoints.load(path, nheads=8)
+        with pytest.raises(ValueError, match=r"model.dilation is True, but detr.pth has dilation False"):
+            checkpoints.load(path, dilation=True)
+
+    @pytest.mark.parametrize("nheads", [0, -8, 5])
+    def test_heads_divide_the_width(self, state: State, save: Callable[..., str], nheads: int) -> None:
+        with pytest.raises(ValueError, match=rf"model.nheads is {nheads}, which does not divide .* width of 32"):
+            checkpoints.load(save(state), nheads=nheads)
+        with pytest.raises(ValueError, match=rf"model.nheads is {nheads}, which does not divide .* width of 256"):
+            checkpoints.load("random", nheads=nheads)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"input_proj.bias": None}, r"detr.pth does not fit a DETR-R17: input_proj.bias is missing\."),
+            ({"input_proj.extra": torch.ones(1)}, r"input_proj.extra is unknown\."),
+            ({"input_proj.bias": torch.ones(3)}, r"input_proj.bias is \[3\] and not \[32\]\."),
+            (
+                {"transformer.decoder.norm.weight": None, "bbox_embed.layers.0.bias": None},
+                r"norm.weight is missing; bbox",
+            ),
+            ({"query_embed.weight": None}, r"no DETR: query_embed.weight is missing"),
+            ({"class_embed.weight": torch.ones(3)}, r"no DETR: class_embed.weight is misshaped"),
+            ({"transformer.level_embed": torch.ones(4, 32)}, r"is a Deformable DETR"),
+            ({"transformer.encoder.norm.weight": torch.ones(32)}, r"is a pre-norm DETR"),
+            ({"backbone.1.row_embed.weight": torch.ones(50, 16)}, r"is a DETR with learned positions"),
+        ],
+    )
+    def test_tensors_that_do_not_fit(
+        self, state: State, save: Callable[..., str], change: dict[str, Tensor | None], message: str
+    ) -> None:
+        changed = {name: tensor for name, tensor in (state | change).items() if tensor is not None}
+        with pytest.raises(ValueError, match=message):
+            checkpoints.load(save({"model": changed}))
+
+    def test_many_misfits_are_counted(self, state: State, save: Callable[..., str]) -> None:
+        changed = {
+            name: tensor for name, tensor in state.items() if "decoder.layers.1." not in name or "linear" in name
+        }
+        with pytest.raises(ValueError, match=r"is missing; .* is missing, and \d+ more\."):
+            checkpoints.load(save(changed))
+
+    @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"model": [1]}, {}], ids=str)
+    def test_files_without_weights(self, save: Callable[..., str], content: Any) -> None:
+        with pytest.raises(ValueError, match=r"detr.pth holds .*Expected {'model': state_dict} or a state_dict"):
+            checkpoints.load(save(content))
+
+    @pytest.mark.parametrize("damage", ["empty", "text", "cut off", "cut off, old format"])
+    def test_files_that_are_not_whole(self, state: State, save: Callable[..., str], damage: str) -> None:
+        path = Path(save({"model": state}, _use_new_zipfile_serialization="old" not in damage))
+        if damage == "text":
+            path.write_text("<!DOCTYPE html><title>404</title>")
+        else:
+            path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else 100_000])
+        with pytest.raises(ValueError, match=r"detr.pth is no whole file of weights"):
+            checkpoints.load(str(path))
+
+    @pytest.mark.parametrize("new_format", [True, False])
+    def test_files_that_would_run_code(self, tmp_path: Path, save: Callable[..., str], new_format: bool) -> None:
+        path = save({"model": Malicious(tmp_path / "ran")}, _use_new_zipfile_serialization=new_format)
+        with pytest.raises(ValueError, match=r"detr.pth was refused: reading it would run \S*open.* Nothing was run"):
+            checkpoints.load(path)
+        assert not (tmp_path / "ran").exists()
+
+    def test_plain_pickles_run_nothing_either(self, tmp_path: Path) -> None:
+        path = tmp_path / "detr.pth"
+        path.write_bytes(pickle.dumps({"model": Malicious(tmp_path / "ran")}))
+        with pytest.raises(ValueError, match=r"detr.pth"):
+            checkpoints.load(str(path))
+        assert not (tmp_path / "ran").exists()
+
+    def test_a_safetensors_file_without_its_config(self, tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"Give its folder"):
+            checkpoints.load(str(tmp_path / "model.safetensors"))
+
+    @pytest.mark.parametrize("path", ["missing.pth", "./missing", "/no/such/folder", "~/no such folder"])
+    def test_missing_paths(self, path: str) -> None:
+        with pytest.raises(FileNotFoundError, match=rf"model.weights: there is no file or folder '{path}'"):
+            checkpoints.load(path)
+
+    def test_unknown_names(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"(?s)'detr_resnet5O', .*random.* Did you mean 'detr_resnet50'\?"
+        ) as error:
+            checkpoints.load("detr_resnet5O")
+        assert "\n" not in str(error.value)
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+class TestRandom:
+    def test_it_is_the_official_detr_r50_and_always_the_same(self) -> None:
+        before = torch.get_rng_state()
+        first, again = checkpoints.load("random"), checkpoints.load("random", dilation=True)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert first.model.architecture == Architecture()
+        assert again.model.architecture == Architecture(dilation=True)
+        assert first.sha256 == again.sha256
+        assert first.notes == "DETR-R50: random weights (seed 0), 8 heads"
+        assert first.name == "random"
+        theirs = again.model.state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in first.model.state_dict().items())
+
+    def test_queries_and_images_can_be_told_apart(self) -> None:
+        model = checkpoints.load("random").model
+        pixels = torch.randint(256, (2, 3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        pixels[1, :, :, 64:] = 0
+        with torch.inference_mode():
+            embeddings = model(pixels)["query_embeddings"]
+        length = embeddings.norm(dim=-1).mean()
+        assert torch.pdist(embeddings[0]).min() > 0.02 * length
+        assert (embeddings[0] - embeddings[1]).norm(dim=-1).min() > 0.02 * length
+
+
+@pytest.fixture
+def folder(reference: Any, tmp_path: Path) -> Path:
+    """A small DETR as Hugging Face saves it, free to be changed."""
+    return Path(shutil.copytree(reference("small-no-timm").folder, tmp_path / "my-detr"))
+
+
+@pytest.fixture
+def timm_folder(reference: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(reference("r18").folder, tmp_path / "my-detr"))
+
+
+def change(folder: Path, **config: Any) -> str:
+    content = json.loads((folder / "config.json").read_text())
+    for key, value in config.items():
+        *parents, last = key.split("__")
+        inner = content
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = value
+    (folder / "config.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+class TestHuggingFace:
+    """That the numbers are right is shown by the parity tests."""
+
+    def test_folder(self, folder: Path) -> None:
+        checkpoint = checkpoints.load(str(folder))
+        assert checkpoint.name == "my-detr"
+        assert checkpoint.notes == "DETR-R12: 4 heads (from its config.json), not dilated (from its config.json)"
+        assert checkpoint.model.architecture == Architecture("basic", (1, 2, 1, 1), 32, 4, 2, 3, 48, 9, 6)
+        assert checkpoint.sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+    def test_other_ways_to_store_the_same(self, folder: Path, reference: Any) -> None:
+        expected = checkpoints.load(str(folder)).model.state_dict()
+
+        def same() -> bool:
+            tensors = checkpoints.load(str(folder)).model.state_dict()
+            return all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+        (folder / "model.safetensors").unlink()
+        model = reference("small-no-timm").model.float()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")  # with the names of Transformers' memory
+        assert same()
+        torch.save(
+            {f"detr.{name}": tensor for name, tensor in model.state_dict().items()}, folder / "pytorch_model.bin"
+        )
+        assert same()
+        (folder / "pytorch_model.bin").unlink()
+        model.save_pretrained(folder, max_shard_size="5MB")
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
+        assert same()
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ({"model_type": "conditional_detr"}, r"model_type is 'conditional_detr', and only 'detr' can be read"),
+            ({"activation_function": "gelu"}, r"activation_function is 'gelu'"),
+            ({"position_embedding_type": "learned"}, r"position_embedding_type is 'learned'"),
+            ({"decoder_attention_heads": 8}, r"decoder_attention_heads is 8, and only 4"),
+            ({"dilation": True}, r"dilation is True"),
+            ({"backbone_config__hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
+            ({"backbone_config__downsample_in_first_stage": True}, r"downsample_in_first_stage is True"),
+            ({"backbone_config__model_type": "swin"}, r"backbone_config.model_type is 'swin'"),
+        ],
+    )
+    def test_other_models_are_refused(self, folder: Path, config: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=rf"config.json: \S*{message}"):
+            checkpoints.load(change(folder, **config))
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ({"backbone_config__backbone": "resnet50d"}, r"backbone is 'resnet50d'"),
+            ({"backbone_config__output_stride": 8}, r"output_stride is 8"),
+            ({"dilation": True}, r"output_stride is None, and only 16"),
+        ],
+    )
+    def test_other_timm_backbones_are_refused(self, timm_folder: Path, config: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=rf"config.json: {message}"):
+            checkpoints.load(change(timm_folder, **config))
+
+    def test_configs_of_older_versions(self, timm_folder: Path) -> None:
+        path = change(timm_folder, backbone_config=None, backbone="resnet18", use_timm_backbone=True)
+        assert not checkpoints.load(path).model.architecture.dilation
+        with pytest.raises(ValueError, match=r"my-detr has dilation False \(from its config.json\)"):
+            checkpoints.load(path, dilation=True)
+        change(timm_folder, dilation=True)
+        with pytest.raises(ValueError, match=r"only ResNets of bottleneck blocks.* This is a DETR-R18\."):
+            checkpoints.load(path)
+
+    def test_damage(self, folder: Path) -> None:
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100_000])
+        with pytest.raises(ValueError, match=r"model.safetensors is no whole safetensors file"):
+            checkpoints.load(str(folder))
+        weights.unlink()
+        with pytest.raises(FileNotFoundError, match=r"my-detr has a config.json and no weights. Expected one of model"):
+            checkpoints.load(str(folder))
+        (folder / "config.json").write_text("{")
+        with pytest.raises(ValueError, match=r"config.json: "):
+            checkpoints.load(str(folder))
+        (folder / "config.json").unlink()
+        with pytest.raises(FileNotFoundError, match=r"my-detr has no config.json"):
+            checkpoints.load(str(folder))
+
+    def test_hub(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        huggingface_hub = pytest.importorskip("huggingface_hub")
+        asked = []
+
+        def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+            asked.append((name, revision, allow_patterns))
+            return str(folder)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        assert checkpoints.load("someone/detr").name == "someone/detr"
+        assert checkpoints.load("someone/detr@no_timm").name == "someone/detr@no_timm"
+        assert [(name, revision) for name, revision, _ in asked] == [
+            ("someone/detr", None),
+            ("someone/detr", "no_timm"),
+        ]
+        assert "pytorch_model.bin" not in asked[0][2]
+
+        (folder / "model.safetensors").rename(folder / "model.other")
+        with pytest.raises(FileNotFoundError, match=r"no weights"):
+            checkpoints.load("someone/detr")
+        assert "pytorch_model*.bin" in asked[-1][2]
+
+    def test_hub_out_of_reach(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        huggingface_hub = pytest.importorskip("huggingface_hub")
+
+        def snapshot_download(*_args: Any, **_options: Any) -> str:
+            raise OSError("no route to host\nand much more")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        with pytest.raises(ConnectionError, match=r"'someone/detr' is no file or folder .* no route to host$"):
+            checkpoints.load("someone/detr")
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        with pytest.raises(ModuleNotFoundError, match=r"pip install huggingface_hub"):
+            checkpoints.load("someone/detr")

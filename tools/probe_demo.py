@@ -1,0 +1,110 @@
+"""Score assets/demo's DETR on pictures it has never seen: COCO's average precision, and a linear probe of its queries.
+
+    python tools/demo_dataset.py /tmp/held_out --images 500 --seed 1
+    python tools/probe_demo.py /tmp/held_out
+
+The probe is a logistic regression from the embedding of each query matched with an object to the object's class, fitted
+on half of the pictures and scored on the other half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from scipy.optimize import linear_sum_assignment
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from torchvision.ops import box_convert, box_iou
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
+
+from detr_lightning.data.transforms import resized_size
+from detr_lightning.model import DETR
+from tools.demo_dataset import ANNOTATION_FILE
+from tools.train_demo import ARCHITECTURE, LONG_SIDE, SHORT_SIDE
+
+KEYS = ("decoder_output", "pred_logits", "pred_boxes")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@torch.inference_mode()
+def predict(model: DETR, coco: COCO, folder: Path) -> dict[int, dict[str, Tensor]]:
+    """Run the model over every picture, one at a time; boxes come back as `x1, y1, x2, y2` in pixels."""
+    outputs = {}
+    for image_id, record in coco.imgs.items():
+        height, width = resized_size((record["height"], record["width"]), SHORT_SIDE, LONG_SIDE)
+        with Image.open(folder / "images" / record["file_name"]) as image:
+            pixels = np.array(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
+        out = model(torch.from_numpy(pixels).permute(2, 0, 1)[None], keys=KEYS)
+        scale = torch.tensor([record["width"], record["height"]] * 2)
+        corners = box_convert(out["pred_boxes"][0], "cxcywh", "xyxy") * scale
+        outputs[image_id] = {"layers": out["decoder_output"][0], "logits": out["pred_logits"][0], "corners": corners}
+    return outputs
+
+
+def average_precision(coco: COCO, outputs: dict[int, dict[str, Tensor]]) -> np.ndarray:
+    """Return COCO's twelve numbers for boxes."""
+    rows: list[dict[str, Any]] = []
+    for image_id, out in outputs.items():
+        scores, labels = out["logits"].softmax(-1)[:, :-1].max(-1)
+        boxes = box_convert(out["corners"], "xyxy", "xywh")
+        for score, label, box in zip(scores.tolist(), labels.tolist(), boxes.tolist(), strict=True):
+            rows.append({"image_id": image_id, "category_id": label, "bbox": box, "score": score})
+    evaluation = COCOeval(coco, coco.loadRes(rows), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return np.asarray(evaluation.stats)
+
+
+def probe(coco: COCO, outputs: dict[int, dict[str, Tensor]]) -> list[float]:
+    """Return the probe's accuracy for every decoder layer; queries are matched by the overlap of their boxes."""
+    embeddings, labels, fitted = [], [], []
+    for image_id, out in outputs.items():
+        objects = [row for row in coco.imgToAnns[image_id] if not row["iscrowd"]]
+        if not objects:
+            continue
+        truth = box_convert(torch.tensor([row["bbox"] for row in objects]), "xywh", "xyxy")
+        queries, targets = linear_sum_assignment(box_iou(out["corners"], truth).numpy(), maximize=True)
+        embeddings += [out["layers"][:, query].numpy() for query in queries]
+        labels += [objects[target]["category_id"] for target in targets]
+        fitted += [image_id % 2 == 0] * len(targets)
+    x, y, fit = np.stack(embeddings), np.array(labels), np.array(fitted)
+    accuracies = []
+    for layer in range(x.shape[1]):
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+        classifier.fit(x[fit, layer], y[fit])
+        accuracies.append(float(classifier.score(x[~fit, layer], y[~fit])))
+    return accuracies
+
+
+def main() -> None:
+    """Read the command line, score the checkpoint, and probe random weights for comparison."""
+    parser = argparse.ArgumentParser(description="Score the small DETR of assets/demo.")
+    parser.add_argument("folder", type=Path, help="a dataset from tools/demo_dataset.py")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "assets/demo/detr_demo.pth")
+    arguments = parser.parse_args()
+    coco = COCO(str(arguments.folder / ANNOTATION_FILE))
+    torch.manual_seed(0)
+    model = DETR(ARCHITECTURE).eval()
+    untrained = probe(coco, predict(model, coco, arguments.folder))
+    model.load_state_dict(torch.load(arguments.checkpoint, weights_only=True)["model"])
+    outputs = predict(model, coco, arguments.folder)
+    stats = average_precision(coco, outputs)
+    print(f"AP {stats[0]:.3f}, AP50 {stats[1]:.3f}, AP75 {stats[2]:.3f}")
+    print("linear probe, trained:       ", *(f"layer {i}: {a:.3f} " for i, a in enumerate(probe(coco, outputs), 1)))
+    print("linear probe, random weights:", *(f"layer {i}: {a:.3f} " for i, a in enumerate(untrained, 1)))
+
+
+if __name__ == "__main__":
+    main()
