@@ -51,7 +51,9 @@ class Peer:
             for names, pixels, padding_mask in loader:
                 outputs = self.outputs(pixels, padding_mask)
                 for index, name in enumerate(names):
-                    torch.save({key: value[index].float().cpu().clone() for key, value in outputs.items()}, folder / name)
+                    torch.save(
+                        {key: value[index].float().cpu().clone() for key, value in outputs.items()}, folder / name
+                    )
 
 
 class Official(Peer):
@@ -66,13 +68,12 @@ class Official(Peer):
     def __init__(self, checkout: Path, batch_size: int, dtype: torch.dtype) -> None:
         super().__init__(batch_size, dtype)
         sys.path.insert(0, str(checkout))
+        import models.backbone
         from models.backbone import Backbone, Joiner
         from models.detr import DETR
         from models.position_encoding import PositionEmbeddingSine
         from models.transformer import Transformer
         from util.misc import NestedTensor
-
-        import models.backbone
 
         models.backbone.is_main_process = lambda: False  # no ImageNet weights: they would be downloaded
         self.nested = NestedTensor

@@ -74,7 +74,9 @@ def make_images(folder: Path, number: int, sizes: list[tuple[int, int]] | None =
     paths = []
     for index in range(number):
         size = sizes[index % len(sizes)] if sizes else (640, 480)
-        coarse = Image.fromarray(generator.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        coarse = Image.fromarray(generator.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize(
+            size, Image.Resampling.BICUBIC
+        )
         grain = generator.normal(0, 8, (size[1], size[0], 3))
         pixels = (np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)
         paths.append(folder / f"{index + 1}.jpg")
@@ -277,7 +279,9 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
 """
 
 
-def measured(folder: Path, weights: str = "random", extract_type: str = "decoder", **settings: Any) -> tuple[float, float]:
+def measured(
+    folder: Path, weights: str = "random", extract_type: str = "decoder", **settings: Any
+) -> tuple[float, float]:
     """Run a job in a process of its own; return its seconds and its peak memory in MB."""
     here = str(Path(__file__).parent)
     code = SCALING.format(
@@ -306,7 +310,11 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
             rows.append((f"demo model, {workers} workers", 500, *measured(folder, demo, **setting)))
         for threads in (1, 2, 4):
             rows.append(
-                (f"demo model, {threads} writing threads", 500, *measured(folder, demo, limit=500, threads=threads, **small))
+                (
+                    f"demo model, {threads} writing threads",
+                    500,
+                    *measured(folder, demo, limit=500, threads=threads, **small),
+                )
             )
         photographs = Path(temporary) / "photographs"
         make_images(photographs, 32)
@@ -334,7 +342,10 @@ def compiled(options: argparse.Namespace) -> dict[str, Any]:
         make_images(folder, options.images, sizes)
         for name, settings in (("default", {}), ("compile", {"compile": True})):
             result[name] = our_job(folder, DETRExtractor("random", **settings)) / options.images
-    show(f"torch.compile on {options.images} images of {len(sizes)} shapes, seconds an image, compilation included", result)
+    show(
+        f"torch.compile on {options.images} images of {len(sizes)} shapes, seconds an image, compilation included",
+        result,
+    )
     return result
 
 
@@ -362,7 +373,9 @@ def gpu(options: argparse.Namespace) -> dict[str, Any]:
                     seconds = timed_job(peer, paths)
                 label = f"Hugging Face, {name}, batch {batch_size}"
                 result[label] = {"images_per_second": len(paths) / seconds, "gpu_busy": busy.share}
-    table = Table(title=f"GPU: {torch.cuda.get_device_name()}, {len(paths)} JPEG files of 640x480", title_justify="left")
+    table = Table(
+        title=f"GPU: {torch.cuda.get_device_name()}, {len(paths)} JPEG files of 640x480", title_justify="left"
+    )
     for column in ("run", "images/s", "GPU busy"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for label, row in result.items():

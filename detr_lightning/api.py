@@ -65,7 +65,7 @@ def extract(
         **data: Further settings of `COCODataModule`, such as `limit`, `batch_size` or `on_error`.
 
     Returns:
-        Without `output_dir` the tensors of each image by its id, as in a `.pt` file; else the folder's `EmbeddingStore`.
+        Without `output_dir` the tensors of each image by its id, as in a `.pt` file; else the folder's store.
 
     Raises:
         ValueError: A setting that is not allowed, or an image that cannot be read.
@@ -74,7 +74,9 @@ def extract(
     if multiprocessing.get_start_method() != "fork":
         data.setdefault("num_workers", 0)  # other workers would run the caller's script again
     if isinstance(images, str | os.PathLike) and not Path(images).is_file():
-        datamodule = COCODataModule(os.fspath(images), annotation_file and os.fspath(annotation_file), **data)
+        datamodule = COCODataModule(
+            os.fspath(images), None if annotation_file is None else os.fspath(annotation_file), **data
+        )
     elif annotation_file is not None:
         raise ValueError("annotation_file belongs to a folder of images, not to a list of them.")
     else:

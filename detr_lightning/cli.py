@@ -17,9 +17,9 @@ from typing import Any, ClassVar, NoReturn
 # Read when jsonargparse is first imported: LightningCLI itself uses what jsonargparse deprecates.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -194,14 +194,14 @@ class DETRCLI(LightningCLI):
         """Compute COCO's detection metrics, print and keep them."""
         self.trainer.validate(**kwargs, verbose=False)
         self.summary = self.model.metrics
-        if rank_zero_only.rank == 0:
+        if _rank() == 0:
             images = _count(len(self.datamodule.records), "image")
-            table = Table(title=f"{self.model.checkpoint.name} on {images}", title_justify="left")
+            table = Table()
             table.add_column("COCO metric")
             table.add_column("value", justify="right")
             for name, value in self.summary.items():
                 table.add_row(name, f"{value:.3f}")
-            Console().print(table)
+            Console().print(f"{self.model.checkpoint.name} on {images}", table, sep="\n", highlight=False)
 
     def _check_precision(self) -> None:
         asked, got = str(self.config_init[self.subcommand].trainer.precision or ""), str(self.trainer.precision)
@@ -259,7 +259,7 @@ class DETRCLI(LightningCLI):
             self._say(f"Warning: {_count(len(failed), 'image')} could not be read.")
 
     def _say(self, *things: Any) -> None:
-        if rank_zero_only.rank == 0:
+        if _rank() == 0:
             for thing in things:
                 self.console.print(thing, highlight=False, soft_wrap=isinstance(thing, str))
 
@@ -307,10 +307,15 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> int:
-    rank = rank_zero_only.rank
+    rank = _rank()
     where = f" (rank {rank})" if rank else ""
     print(f"Error{where}: {message}", file=sys.stderr, flush=True)
     return code
+
+
+def _rank() -> int:
+    rank: int = getattr(rank_zero_only, "rank", 0)
+    return rank
 
 
 def _count(number: int, what: str) -> str:

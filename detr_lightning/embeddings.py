@@ -112,7 +112,7 @@ def split(batch: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, torch.Tenso
     """Split what `predict_step` returned into images, each tensor cropped to the image's own area.
 
     Args:
-        batch: `image_id` (list of int), `feature_size` (list of `(height, width)`), one batch-first tensor for each key,
+        batch: `image_id` (list of int), `feature_size` (list of `(height, width)`), a batch-first tensor for each key
             and, where images were padded, `padding_mask` `[B, H, W]` at feature size, True on padding.
 
     Yields:
@@ -136,9 +136,9 @@ def _crop(key: str, tensor: torch.Tensor, padded: tuple[int, int], size: tuple[i
     if key == "backbone_features":  # [C, H, W]
         return tensor[:, :height, :width]
     if key == "encoder_output":  # [H*W, d]
-        return tensor.unflatten(0, padded)[:height, :width].flatten(0, 1)
+        return tensor.view(*padded, -1)[:height, :width].flatten(0, 1)
     if key == "encoder_layers":  # [L, H*W, d]
-        return tensor.unflatten(1, padded)[:, :height, :width].flatten(1, 2)
+        return tensor.view(len(tensor), *padded, -1)[:, :height, :width].flatten(1, 2)
     if key == "cross_attention":  # [L, Q, H*W]
-        return tensor.unflatten(2, padded)[:, :, :height, :width].flatten(2, 3)
+        return tensor.view(*tensor.shape[:2], *padded)[:, :, :height, :width].flatten(2, 3)
     return tensor

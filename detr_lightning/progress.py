@@ -72,7 +72,13 @@ class ImageProgress(ProgressBar):
         self._start(trainer, trainer.predict_dataloaders, "Extracting")
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Count a batch's images."""
         writers = [callback for callback in trainer.callbacks if isinstance(callback, EmbeddingWriter)]  # type: ignore[attr-defined]
@@ -87,7 +93,13 @@ class ImageProgress(ProgressBar):
         self._start(trainer, trainer.val_dataloaders, "Validating")
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Count a batch's images."""
         self._advance(batch, 0)

@@ -186,7 +186,7 @@ class EmbeddingWriter(BasePredictionWriter):
         assert pool is not None
         for image_id, reason in batch["failed"]:
             run.fail(image_id, reason)
-        arrived = _to_host(prediction)
+        arrived = _ToHost(prediction)
         for image_id, feature_size, tensors in zip(
             prediction["image_id"], prediction["feature_size"], split(arrived.batch), strict=True
         ):
@@ -289,7 +289,7 @@ def _gathered(trainer: Trainer, value: Any) -> list[Any]:
     return values
 
 
-class _to_host:
+class _ToHost:
     """A batch on its way to the CPU: one copy for each key, and the event after which it has arrived."""
 
     def __init__(self, prediction: dict[str, Any]) -> None:

@@ -149,7 +149,9 @@ def test_a_checkpoint_that_does_not_fit(run_cli: RunCLI, coco_folder: Coco, tmp_
     assert "7" in ran.err
 
 
-def test_values_that_float16_cannot_hold(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, tiny_weights: Path) -> None:
+def test_values_that_float16_cannot_hold(
+    run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, tiny_weights: Path
+) -> None:
     content = torch.load(tiny_weights)
     content["model"]["transformer.decoder.norm.bias"].fill_(1e5)
     torch.save(content, tmp_path / "large.pth")
@@ -190,7 +192,9 @@ def test_validate_refuses_what_it_cannot_compare(run_cli: RunCLI, tmp_path: Path
 
 def test_help_names_every_setting_and_only_two_subcommands() -> None:
     def ask(*words: str) -> str:
-        done = subprocess.run([sys.executable, str(ROOT / "cli.py"), *words], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "cli.py"), *words], capture_output=True, text=True, check=True
+        )
         return done.stdout
 
     overview = ask("--help")
@@ -198,7 +202,14 @@ def test_help_names_every_setting_and_only_two_subcommands() -> None:
     assert "validate" in overview
     assert "fit" not in overview.split()
     text = ask("predict", "--help")
-    for name in ("--extract_type", "--output_dir", "--dry_run", "--model.weights", "--data.image_dir", "--writer.dtype"):
+    for name in (
+        "--extract_type",
+        "--output_dir",
+        "--dry_run",
+        "--model.weights",
+        "--data.image_dir",
+        "--writer.dtype",
+    ):
         assert name in text
     assert "ckpt_path" not in text
     assert "return_predictions" not in text

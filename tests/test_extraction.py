@@ -49,7 +49,9 @@ def reference(coco_folder: Coco, tiny_weights: Path, tmp_path_factory: pytest.Te
 
 
 @pytest.mark.parametrize("extract_type", EXTRACT_TYPES)
-def test_what_lands_on_disk(extract_type: str, run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, reference: Path) -> None:
+def test_what_lands_on_disk(
+    extract_type: str, run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, reference: Path
+) -> None:
     out = tmp_path / "out"
     ran = run_cli("predict", *coco_folder.data, "--output_dir", out, "--extract_type", extract_type)
     assert ran.code == 0, ran.err
@@ -128,7 +130,9 @@ def test_explicit_keys_are_stored_in_their_order(run_cli: RunCLI, coco_folder: C
 def test_float16_leaves_logits_and_boxes_as_they_are(
     run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, reference: Path
 ) -> None:
-    assert run_cli("predict", *coco_folder.data, "--output_dir", tmp_path / "out", "--writer.dtype", "float16").code == 0
+    assert (
+        run_cli("predict", *coco_folder.data, "--output_dir", tmp_path / "out", "--writer.dtype", "float16").code == 0
+    )
     expected = read(reference)
     for image_id, tensors in read(tmp_path / "out").items():
         for key, tensor in tensors.items():
@@ -186,9 +190,7 @@ def test_half_precision_is_close(
         assert not torch.equal(a, b)
 
 
-def test_the_same_file_has_the_same_bytes_in_two_runs(
-    run_cli: RunCLI, coco_folder: Coco, tmp_path: Path
-) -> None:
+def test_the_same_file_has_the_same_bytes_in_two_runs(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert run_cli("predict", *coco_folder.data, "--output_dir", tmp_path / name).code == 0
     for path in (tmp_path / "a").glob("*.pt"):
@@ -210,13 +212,22 @@ def test_a_folder_without_annotations(run_cli: RunCLI, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="../shared/golden, the official code's outputs, is not there")
+@pytest.mark.skipif(
+    not (SHARED / "golden").is_dir(), reason="../shared/golden, the official code's outputs, is not there"
+)
 def test_coco_images_agree_with_the_official_code(run_cli: RunCLI, tmp_path: Path) -> None:
     golden = torch.load(SHARED / "golden" / "expected.pt")
     coco = SHARED / "coco"
-    argv = ("--data.image_dir", coco / "val2017", "--data.annotation_file", coco / "annotations" / "instances_val2017.json")
+    argv = (
+        "--data.image_dir",
+        coco / "val2017",
+        "--data.annotation_file",
+        coco / "annotations" / "instances_val2017.json",
+    )
     weights = SHARED / "golden" / "detr_r18_tiny.pth"
-    ran = run_cli("predict", *argv, "--model.weights", weights, "--output_dir", tmp_path / "out", "--extract_type", "all")
+    ran = run_cli(
+        "predict", *argv, "--model.weights", weights, "--output_dir", tmp_path / "out", "--extract_type", "all"
+    )
     assert ran.code == 0, ran.err
     assert len(list((tmp_path / "out").iterdir())) == 49
     for name, expected in golden["single"].items():

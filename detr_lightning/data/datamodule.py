@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -183,7 +185,9 @@ class COCODataModule(LightningDataModule):
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 ground_truth = COCO(self.annotation_file)
-            annotated = {annotation["image_id"] for annotation in ground_truth.anns.values() if len(annotation["bbox"]) == 4}
+            annotated = {
+                annotation["image_id"] for annotation in ground_truth.anns.values() if len(annotation["bbox"]) == 4
+            }
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self.annotation_file} has annotations that are not COCO's ({type(error).__name__}: {error}). "
@@ -218,7 +222,7 @@ class COCODataModule(LightningDataModule):
 
     def _unreadable(self, file_name: str, reason: str) -> UnreadableImageError:
         return UnreadableImageError(
-            f"{file_name!r} in {self.image_dir}: {reason}. Repair or remove it, or go on without it: data.on_error=skip.",
+            f"{file_name!r} in {self.image_dir}: {reason}. Repair or remove it, or leave it out: data.on_error=skip.",
             reason,
         )
 
@@ -239,6 +243,7 @@ class COCODataModule(LightningDataModule):
             batch_size=1,
             collate_fn=_unwrap,
             num_workers=workers,
+            worker_init_fn=_leave_signals_to_parent,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )
 
@@ -275,6 +280,14 @@ class ImageBatches(Dataset[dict[str, Any]]):
 
 def _read_file(image_dir: str, backend: str, max_pixels: int | None, record: ImageRecord, size: Size) -> Tensor:
     return read_pixels(locate(image_dir, record), record, size, backend, max_pixels)
+
+
+def _leave_signals_to_parent(_worker: int) -> None:
+    """Let what is sent to a whole group, as Ctrl-C is, be answered in one place: workers end when their parent does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    # Of the thread that hands pixels over, once the parent is gone. A worker's own errors travel to the parent.
+    sys.excepthook = lambda *_error: None
 
 
 def _unwrap(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -53,7 +53,11 @@ def download_val2017(image_dir: Path, annotation_file: Path | None) -> None:
     if annotation_file is not None and not annotation_file.exists():
         archive = _fetch(ANNOTATIONS, annotation_file.parent)
         partial = annotation_file.with_name(annotation_file.name + ".part")
-        with zipfile.ZipFile(archive) as content, content.open(ANNOTATIONS.members) as source, open(partial, "wb") as to:
+        with (
+            zipfile.ZipFile(archive) as content,
+            content.open(ANNOTATIONS.members) as source,
+            open(partial, "wb") as to,
+        ):
             shutil.copyfileobj(source, to, CHUNK)
         partial.replace(annotation_file)
         archive.unlink()
@@ -85,7 +89,7 @@ def _fetch(archive: Archive, folder: Path) -> Path:
                     shutil.copyfileobj(answer, file, CHUNK)
         except OSError as error:
             raise ConnectionError(
-                f"{url} could not be downloaded ({getattr(error, 'reason', error)}). Run the same command again to go on, "
+                f"{url} could not be downloaded ({getattr(error, 'reason', error)}). Run the same command again, "
                 f"or put the file at {path} yourself."
             ) from error
     have = path.stat().st_size

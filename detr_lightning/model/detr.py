@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +71,7 @@ class MLP(nn.Module):
     def __init__(self, dim: int, out_dim: int, num_layers: int = 3) -> None:
         super().__init__()
         dims = [dim] * num_layers + [out_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
 
 
 class DETR(nn.Module):
@@ -105,8 +107,8 @@ class DETR(nn.Module):
         Returns:
             Batch-first tensors: `backbone_features` `[B, C, H, W]`, `encoder_output` `[B, H*W, d]`, `encoder_layers`
             `[B, L, H*W, d]`, `decoder_output` `[B, L, Q, d]`, `query_embeddings` `[B, Q, d]`, `cross_attention`
-            `[B, L, Q, H*W]`, averaged over the heads, and in float32 `pred_logits` `[B, Q, num_logits]` and `pred_boxes`
-            `[B, Q, 4]`, `cx, cy, w, h` relative to the image without its padding. With a padding mask also
+            `[B, L, Q, H*W]`, averaged over the heads, and in float32 `pred_logits` `[B, Q, num_logits]` and
+            `pred_boxes` `[B, Q, 4]`, `cx, cy, w, h` relative to the image without its padding. With a padding mask also
             `padding_mask` `[B, H, W]` at feature size.
         """
         out: dict[str, Tensor] = {}
@@ -157,7 +159,7 @@ class DETR(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             x = embeddings.to(dtype)
             logits = F.linear(x, self.class_embed.weight.to(dtype), self.class_embed.bias.to(dtype))
-            for index, layer in enumerate(self.bbox_embed.layers):
+            for index, layer in enumerate(cast("list[nn.Linear]", self.bbox_embed.layers)):
                 x = F.linear(x.relu() if index else x, layer.weight.to(dtype), layer.bias.to(dtype))
             return logits, x.sigmoid()
 

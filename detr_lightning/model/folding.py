@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ def fold(model: DETR) -> DETR:
 
     The copy's backbone has another `state_dict`, so checkpoints are loaded before, not into it.
     """
-    body = model.backbone[0].body
+    body = cast(nn.Sequential, model.backbone[0].body)
     model.backbone[0].body = nn.Identity()  # what is replaced is not copied
     try:
         folded = copy.deepcopy(model)
@@ -44,29 +46,68 @@ class FoldedConv(nn.Module):
 
     def forward(self, x: Tensor, add: Tensor | None = None, relu: bool = True) -> Tensor:
         """Convolve, add a shortcut (which may be overwritten), and apply ReLU."""
-        settings = (self.padding, self.stride, self.dilation)
-        if _onednn_fuses(x):
-            if add is None:
-                attribute = "relu" if relu else "none"
-                return torch.ops.mkldnn._convolution_pointwise(
-                    x, self.weight, self.bias, *settings, 1, attribute, [], ""
-                )
-            return torch.ops.mkldnn._convolution_pointwise_.binary(
-                add, x, self.weight, self.bias, *settings, 1, "add", 1.0, "relu", [], ""
-            )
-        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
-        if add is not None:
-            x = x + add
-        return x.relu() if relu else x
+        settings = (self.stride, self.padding, self.dilation)
+        if _onednn_may_fuse(x) and onednn_fuses(x.dtype):
+            return fused_conv(x, self.weight, self.bias, settings, add, relu)
+        return plain_conv(x, self.weight, self.bias, settings, add, relu)
 
 
-def _onednn_fuses(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+Settings = tuple[Any, Any, Any]
+"""A convolution's stride, padding and dilation."""
+
+
+def plain_conv(x: Tensor, weight: Tensor, bias: Tensor, settings: Settings, add: Tensor | None, relu: bool) -> Tensor:
+    """Convolve, add and apply ReLU one after the other."""
+    stride, padding, dilation = settings
+    x = F.conv2d(x, weight, bias, stride, padding, dilation)
+    if add is not None:
+        x = x + add
+    return x.relu() if relu else x
+
+
+def fused_conv(x: Tensor, weight: Tensor, bias: Tensor, settings: Settings, add: Tensor | None, relu: bool) -> Tensor:
+    """Do what `plain_conv` does in one pass over memory, `add` being overwritten.
+
+    These two operators are what torch's own compiler calls on CPUs. They are not public: `onednn_fuses` says whether
+    they are there and do what they should.
+    """
+    stride, padding, dilation = settings
+    how: tuple[Any, ...] = (padding, stride, dilation, 1)
+    after = "relu" if relu else "none"
+    out: Tensor
+    if add is None:
+        out = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *how, after, [], "")
+    else:
+        sum_and_relu: tuple[Any, ...] = ("add", 1.0, "relu" if relu else None, [], "")
+        out = torch.ops.mkldnn._convolution_pointwise_.binary(add, x, weight, bias, *how, *sum_and_relu)
+    return out
+
+
+def _onednn_may_fuse(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+@functools.cache
+def onednn_fuses(dtype: torch.dtype) -> bool:
+    """Return whether this torch on this processor has the fused convolutions for a dtype, found out by trying."""
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight, add = (
+        torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+        for shape in ((1, 16, 8, 8), (16, 16, 3, 3), (1, 16, 8, 8))
     )
+    bias = torch.zeros(16, dtype=dtype)
+    settings = ((1, 1), (1, 1), (1, 1))
+    try:
+        for shortcut in (None, add):
+            wanted = plain_conv(x, weight, bias, settings, shortcut, relu=True)
+            got = fused_conv(x, weight, bias, settings, None if shortcut is None else shortcut.clone(), relu=True)
+            if not torch.allclose(got, wanted, rtol=0.02, atol=0.1 if dtype == torch.bfloat16 else 1e-3):
+                return False
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 class FoldedBlock(nn.Module):
@@ -92,10 +133,11 @@ class FoldedResNet(nn.Module):
 
     def __init__(self, body: nn.Sequential) -> None:
         super().__init__()
-        self.stem = FoldedConv(body.conv1, body.bn1)
-        self.maxpool = body.maxpool
-        stages = (body.layer1, body.layer2, body.layer3, body.layer4)
-        self.blocks = nn.Sequential(*(FoldedBlock(block) for stage in stages for block in stage))
+        layers = dict(body.named_children())
+        self.stem = FoldedConv(cast(nn.Conv2d, layers["conv1"]), cast(FrozenBatchNorm2d, layers["bn1"]))
+        self.maxpool = layers["maxpool"]
+        stages = (cast(nn.Sequential, layers[f"layer{number}"]) for number in (1, 2, 3, 4))
+        self.blocks = nn.Sequential(*(FoldedBlock(cast(Bottleneck, block)) for stage in stages for block in stage))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features of the last stage, `[B, C, H, W]`, for images `[B, 3, h, w]`."""

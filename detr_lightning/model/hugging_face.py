@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,41 +138,34 @@ def _official_name(name: str) -> str:
 
 def _facts(config: dict[str, Any]) -> dict[str, Any]:
     """Return the heads and the dilation that a config states, and refuse what this DETR does not compute."""
+    heads, dilation = config.get("encoder_attention_heads", 8), config.get("dilation", False)
+    _require({"model_type": None} | config, model_type="detr")
+    _require(config, activation_function="relu", position_embedding_type="sine", decoder_attention_heads=heads)
     body = config.get("backbone_config") or {}
-    heads = config.get("encoder_attention_heads", 8)
-    dilation = config.get("dilation", False)
     kind = body.get("model_type") or ("timm_backbone" if config.get("use_timm_backbone", True) else "resnet")
-    if kind == "timm_backbone" and body:  # Transformers then looks at nothing else
-        dilation = dilation or body.get("output_stride") == 16
-    timm_name = body.get("backbone") or config.get("backbone") or "resnet50"
-    for key, value, allowed in (
-        ("model_type", config.get("model_type"), ("detr",)),
-        ("activation_function", config.get("activation_function", "relu"), ("relu",)),
-        ("position_embedding_type", config.get("position_embedding_type", "sine"), ("sine",)),
-        ("decoder_attention_heads", config.get("decoder_attention_heads", heads), (heads,)),
-        ("backbone_config.model_type", kind, ("timm_backbone", "resnet")),
-        *(
-            (
-                # Its own ResNet is never dilated, whatever the config says.
-                ("dilation", dilation, (False,)),
-                ("backbone_config.hidden_act", body.get("hidden_act", "relu"), ("relu",)),
-                ("backbone_config.downsample_in_first_stage", body.get("downsample_in_first_stage", False), (False,)),
-                ("backbone_config.downsample_in_bottleneck", body.get("downsample_in_bottleneck", False), (False,)),
-            )
-            if kind == "resnet"
-            else (
-                ("backbone", re.sub(r"^(?:tv_)?resnet\d+(\..*)?$", "resnet", timm_name), ("resnet",)),
-                (
-                    "output_stride",
-                    body.get("output_stride") if body else None,
-                    (16,) if body and dilation else (None, 32),
-                ),
-            )
-        ),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{key} is {value!r}, and only {' or '.join(map(repr, allowed))} can be read.")
-    return {"nheads": heads, "dilation": dilation}
+    if kind == "resnet":
+        _require(body, hidden_act="relu", downsample_in_first_stage=False, downsample_in_bottleneck=False)
+        _require(config, dilation=False)  # Transformers' own ResNet ignores it
+        return {"nheads": heads, "dilation": False}
+
+    _require({"backbone_config.model_type": kind}, **{"backbone_config.model_type": "timm_backbone"})
+    name = body.get("backbone") or config.get("backbone") or "resnet50"
+    if not re.fullmatch(r"(tv_)?resnet\d+(\..*)?", name):
+        raise ValueError(f"backbone is {name!r}, and only plain ResNets can be read.")
+    # Where there is a backbone_config, Transformers does not look at dilation any more.
+    before = {"output_stride": 16 if dilation else 32} | (config.get("backbone_kwargs") or {})
+    stride = (body or before).get("output_stride") or 32
+    if stride not in (16, 32) or (dilation and stride == 32):
+        raise ValueError(
+            f"output_stride is {stride} and dilation {dilation}. Only 32, or 16 with dilation, can be read."
+        )
+    return {"nheads": heads, "dilation": stride == 16}
+
+
+def _require(settings: dict[str, Any], **allowed: Any) -> None:
+    for key, value in allowed.items():
+        if settings.get(key, value) != value:
+            raise ValueError(f"{key} is {settings[key]!r}, and only {value!r} can be read.")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -187,8 +181,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read(file: Path) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
-        tensors: dict[str, Tensor] = read_pickled(file)
-        return tensors
+        content = read_pickled(file)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{file} holds a {type(content).__name__} and not a state_dict.")
+        return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     import safetensors.torch
 
     try:

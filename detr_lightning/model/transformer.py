@@ -5,6 +5,8 @@ Everything is batch-first. Positions are added to queries and keys, never to val
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear layer over `[B, N, C]`.
 
-    In float32 on a CPU it runs as a 1x1 convolution over the same memory: a convolution goes to oneDNN, a matrix product
-    to MKL, and over the hundreds of tokens here the first is up to twice as fast.
+    In float32 on a CPU it runs as a 1x1 convolution over the same memory: a convolution goes to oneDNN, a matrix
+    product to MKL, and over the hundreds of tokens here the first is up to twice as fast.
     """
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     if plain or torch.compiler.is_compiling() or x.shape[1] < 64:
@@ -53,7 +55,7 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """Split `[B, N, dim]` into `[B, nheads, N, dim/nheads]`."""
-        return x.unflatten(-1, (self.nheads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.nheads, -1).transpose(1, 2)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
         """Attend with projected queries `[B, N, dim]` to keys and values `[B, M, dim]`.
@@ -75,7 +77,8 @@ class Attention(nn.Module):
         scores = self.heads(query) @ self.heads(key).transpose(-1, -2) * (query.shape[-1] // self.nheads) ** -0.5
         if visible is not None:
             scores = scores.masked_fill(~visible, float("-inf"))
-        return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).mean(1)
+        averaged: Tensor = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).mean(1)
+        return averaged
 
 
 class EncoderLayer(nn.Module):
@@ -159,10 +162,11 @@ class Decoder(nn.Module):
             want_weights: Also return the attention to the memory.
 
         Returns:
-            For each layer the normed output `[B, num_queries, dim]`, and, if wanted, the weights `[B, num_queries, H*W]`.
+            For each layer the normed output `[B, num_queries, dim]` and, if wanted, the weights
+            `[B, num_queries, H*W]`.
         """
         # Every layer reads the same memory: one product gives the keys of all layers, another the values.
-        cross = [layer.multihead_attn for layer in self.layers]
+        cross = [cast(DecoderLayer, layer).multihead_attn for layer in self.layers]
         dim = memory.shape[-1]
         weights = torch.stack([attention.in_proj_weight[dim:] for attention in cross])  # [L, 2*dim, dim]
         biases = torch.stack([attention.in_proj_bias[dim:] for attention in cross])

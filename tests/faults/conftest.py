@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from coco_factory import Coco, make_coco
-from harness import ONE, PATIENCE, Started, Zygote, free_port
+from harness import ONE, PATIENCE, Job, Started, Zygote, free_port
 
 
 @pytest.fixture(scope="session")
@@ -42,19 +42,22 @@ def start(zygote: Zygote, tiny_weights: Path) -> Iterator[Callable[..., Started]
 def ranks(start: Callable[..., Started]) -> Callable[..., list[Started]]:
     """Start a command on two ranks as torchrun does, which imports nothing twice."""
 
-    def ranks(*args: str | Path, patches: tuple[str, str] = ("", ""), nodes: int = 1, **options: Any) -> list[Started]:
+    def ranks(
+        *args: str | Path, patch: str | tuple[str, str] = "", nodes: int = 1, folders: Sequence[Path] = (), **env: str
+    ) -> list[Started]:
+        patches = (patch, patch) if isinstance(patch, str) else patch
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GROUP_RANK": "0"}
-        common |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": str(2 // nodes)}
+        common |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": str(2 // nodes), **env}
         devices = ("--trainer.num_nodes", str(nodes), "--trainer.devices", str(2 // nodes))
         return [
             start(
                 *args,
                 *("--trainer.strategy", "ddp", "--trainer.accelerator", "cpu", *devices),
                 patch=patches[rank],
+                cwd=folders[rank] if folders else None,
                 **common,
                 RANK=str(rank),
                 LOCAL_RANK=str(rank if nodes == 1 else 0),
-                **options,
             )
             for rank in (0, 1)
         ]
@@ -75,3 +78,15 @@ def undisturbed(zygote: Zygote, images: Coco, tiny_weights: Path, tmp_path_facto
     run = zygote.start("predict", "--model.weights", tiny_weights, *images.data, *ONE, "--output_dir", folder)
     assert run.wait() == 0, run.err
     return folder
+
+
+@pytest.fixture
+def job(
+    start: Callable[..., Started],
+    ranks: Callable[..., list[Started]],
+    images: Coco,
+    undisturbed: Path,
+    tmp_path: Path,
+) -> Job:
+    """An extraction of forty images, to be hurt."""
+    return Job(start, ranks, images, undisturbed, tmp_path / "out")

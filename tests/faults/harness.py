@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from coco_factory import Coco
 
 PATIENCE = 240.0
 """Seconds after which something hangs. Machines that run tests may be slow, and do other things besides."""
@@ -124,25 +126,64 @@ def differences(folder: Path, other: Path, tolerance: float = 0.0) -> list[str]:
     ]
 
 
-def slow(seconds: float = 0.1, rank: int | None = None) -> str:
-    """Return a patch that makes each step of a rank take longer."""
+@dataclass
+class Job:
+    """One extraction, however often it is started."""
+
+    starter: Callable[..., Started]
+    rank_starter: Callable[..., list[Started]]
+    images: Coco
+    undisturbed: Path
+    folder: Path
+
+    @property
+    def command(self) -> tuple[str | Path, ...]:
+        return (*self.images.data, *ONE, "--output_dir", self.folder)
+
+    def start(self, *args: str | Path, **options: Any) -> Started:
+        return self.starter(*self.command, *args, **options)
+
+    def ranks(self, *args: str | Path, **options: Any) -> list[Started]:
+        return self.rank_starter(*self.command, *args, **options)
+
+    def finish(self, *args: str | Path) -> Started:
+        """Run to the end in one process, and compare the files with those of a run that nobody disturbed."""
+        run = self.start(*args)
+        assert run.wait() == 0, run.err
+        assert differences(self.folder, self.undisturbed) == []
+        return run
+
+    def until_files(self, count: int, run: Started) -> None:
+        until(lambda: len(self.files) >= count or run.poll() is not None)
+
+    @property
+    def files(self) -> list[Path]:
+        """The embeddings that are there so far."""
+        return sorted(self.folder.glob("embedding_*.pt"))
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the folder says that it is, and holds nothing half-written."""
+        return not (self.folder / "metadata.json").exists() and not list(self.folder.glob(".embedding_*"))
+
+
+def slow(seconds: float = 0.05) -> str:
+    """Return a patch that makes each step take longer."""
     return f"""
-import os, time
+import time
 from detr_lightning.extractor import DETRExtractor
 step = DETRExtractor.predict_step
 def slow(self, *args, **kwargs):
-    if {rank} in (None, self.global_rank):
-        time.sleep({seconds})
+    time.sleep({seconds})
     return step(self, *args, **kwargs)
 DETRExtractor.predict_step = slow
 """
 
 
-def files(folder: Path) -> list[Path]:
-    """Return the embeddings that are there so far."""
-    return sorted(folder.glob("embedding_*.pt"))
-
-
-def calm(err: str) -> bool:
-    """Return whether an error is a message of a few lines, and no traceback."""
-    return "Error" in err and "Traceback" not in err and len(err.splitlines()) < 25
+def message(err: str) -> str:
+    """Return the one short message with which a command ended."""
+    assert "Traceback" not in err, err
+    assert err.count("Error") == 1, err
+    text = err[err.index("Error") :]
+    assert len(text) < 700, text
+    return text

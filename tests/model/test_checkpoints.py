@@ -331,7 +331,7 @@ class TestHuggingFace:
         [
             ({"backbone_config__backbone": "resnet50d"}, r"backbone is 'resnet50d'"),
             ({"backbone_config__output_stride": 8}, r"output_stride is 8"),
-            ({"dilation": True}, r"output_stride is None, and only 16"),
+            ({"dilation": True}, r"output_stride is 32 and dilation True"),
         ],
     )
     def test_other_timm_backbones_are_refused(self, timm_folder: Path, config: dict[str, Any], message: str) -> None:

@@ -12,11 +12,6 @@ from torch import Tensor
 from detr_lightning.embeddings import KEYS
 from detr_lightning.model import checkpoints
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:(transformers|timm|huggingface_hub).*"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:(transformers|timm|huggingface_hub).*"),
-]
-
 SHAPES = [(128, 160), (96, 224)]
 PADDED = "padded"
 CASES = [
