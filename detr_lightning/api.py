@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from detr_lightning.data.batching import Size
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.data.files import UnreadableImageError, open_image
 from detr_lightning.data.images import Failure, ImageRecord
-from detr_lightning.data.transforms import read_pixels, to_pixels
+from detr_lightning.data.transforms import read_pixels, rgb, to_pixels
 from detr_lightning.embeddings import dtype_of, split
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.progress import ImageProgress, calm
@@ -34,7 +35,7 @@ def extract(
     images: Source | Sequence[Source],
     annotation_file: str | os.PathLike[str] | None = None,
     *,
-    weights: str = "detr_resnet50",
+    weights: str | os.PathLike[str] = "detr_resnet50",
     extract_type: str = "decoder",
     keys: list[str] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
@@ -65,25 +66,29 @@ def extract(
         **data: Further settings of `COCODataModule`, such as `limit`, `batch_size` or `on_error`.
 
     Returns:
-        Without `output_dir` the tensors of each image by its id, as in a `.pt` file; else the folder's store.
+        Without `output_dir` the tensors of each image by its id, as in a `.pt` file, those that were
+        skipped left out; else the folder's store.
 
     Raises:
         ValueError: A setting that is not allowed, or an image that cannot be read.
         FileNotFoundError: An image, the folder, the annotations or the weights are not there.
+        TypeError: An image is neither a path nor a PIL image.
     """
     if multiprocessing.get_start_method() != "fork":
         data.setdefault("num_workers", 0)  # other workers would run the caller's script again
-    if isinstance(images, str | os.PathLike) and not Path(images).is_file():
-        datamodule = COCODataModule(
-            os.fspath(images), None if annotation_file is None else os.fspath(annotation_file), **data
-        )
+    folder = Path(images).expanduser() if isinstance(images, str | os.PathLike) else None
+    if folder is not None and not folder.exists():
+        raise FileNotFoundError(f"images: there is no file and no folder {folder}.")
+    if folder is not None and folder.is_dir():
+        annotations = None if annotation_file is None else str(Path(annotation_file).expanduser())
+        datamodule = COCODataModule(str(folder), annotations, **data)
     elif annotation_file is not None:
-        raise ValueError("annotation_file belongs to a folder of images, not to a list of them.")
+        raise ValueError("annotation_file belongs to a folder of images, not to single ones.")
     else:
         single = isinstance(images, str | os.PathLike | Image.Image)
         datamodule = ImageList([images] if single else list(images), **data)  # type: ignore[list-item, arg-type]
-    extractor = DETRExtractor(weights, extract_type, keys, **(model or {}))
-    writer = None if output_dir is None else EmbeddingWriter(os.fspath(output_dir), dtype, if_exists)
+    extractor = DETRExtractor(os.fspath(weights), extract_type, keys, **(model or {}))
+    writer = None if output_dir is None else EmbeddingWriter(str(Path(output_dir).expanduser()), dtype, if_exists)
     with calm():
         trainer = Trainer(
             accelerator=accelerator,
@@ -118,14 +123,21 @@ class ImageList(COCODataModule):
         **settings: Of `COCODataModule`.
 
     Raises:
+        TypeError: One of them is neither.
         ValueError: There is none.
     """
 
     def __init__(self, sources: Sequence[Source], **settings: Any) -> None:
         super().__init__("", **settings)
         if not sources:
-            raise ValueError("There is no image in the list.")
-        self.sources = [source if isinstance(source, Image.Image) else Path(source) for source in sources]
+            raise ValueError("images: the list is empty.")
+        for number, source in enumerate(sources, start=1):
+            if not isinstance(source, str | os.PathLike | Image.Image):
+                raise TypeError(
+                    f"images: number {number} is of type {type(source).__name__}, but must be a path or a PIL image. "
+                    "PIL.Image.fromarray makes one of an array."
+                )
+        self.sources = [source if isinstance(source, Image.Image) else Path(source).expanduser() for source in sources]
 
     def find(self) -> tuple[list[ImageRecord], list[Failure]]:
         """Return all images, and those whose size cannot be read."""
@@ -136,19 +148,31 @@ class ImageList(COCODataModule):
             try:
                 if isinstance(source, Path):
                     if not source.is_file():
-                        raise FileNotFoundError(f"There is no image {source}.")
+                        raise FileNotFoundError(f"images: number {image_id}, {source}, is no file.")
                     with open_image(source, self.hparams["max_image_pixels"]) as image:
                         width, height = image.size
                 else:
                     width, height = source.size
+                    # The name tells images apart when a folder is resumed.
+                    digest = hashlib.sha256(rgb(source).tobytes()).hexdigest()[:16]
+                    record = replace(record, file_name=f"{record.file_name} ({digest})")
                 records.append(replace(record, width=width, height=height))
             except UnreadableImageError as error:
                 failures.append((record, error.reason))
+            except OSError as error:
+                if isinstance(source, Path):
+                    raise
+                failures.append((record, f"cannot be decoded ({error})"))
         return records, failures
 
     def reader(self) -> Callable[[ImageRecord, Size], Tensor]:
         """Return what reads an image at a size."""
         return partial(_read, self.sources, self.hparams["image_backend"], self.hparams["max_image_pixels"])
+
+    def _unreadable(self, file_name: str, reason: str) -> UnreadableImageError:
+        return UnreadableImageError(
+            f"images: {file_name!r}: {reason}. Repair or remove it, or go on without it: on_error='skip'.", reason
+        )
 
 
 def _read(

@@ -32,11 +32,14 @@ def match(
     detections: pd.DataFrame | None = None,
     iou: float = 0.5,
     threshold: float = 0.7,
+    same_category: bool = True,
 ) -> Match:
     """Join what was detected with COCO's annotations of the same images, one to one.
 
     As in COCO's evaluation, detections take their turn by score, and each takes the annotated object of its category
     that it overlaps most, if that is `iou` or more and no other detection has it already. Crowds are left out.
+    For what embeddings tell of an object's category, let the model's own opinion of it not choose the objects:
+    `same_category=False` matches by place alone.
 
     Args:
         store: The extraction.
@@ -44,6 +47,7 @@ def match(
         detections: A table of `objects`, perhaps filtered; by default all above `threshold`.
         iou: The smallest overlap, intersection over union.
         threshold: As for `objects`, where `detections` is not given.
+        same_category: Whether a detection must name the annotated category. `category` is the annotation's.
 
     Returns:
         `annotated`: a row for each annotated object of the store's images, with every field of its annotation (its
@@ -79,7 +83,7 @@ def match(
         crowds = [annotation for annotation in everything if annotation.get("iscrowd")]
         annotated = [annotation for annotation in everything if not annotation.get("iscrowd")]
         indices = by_image.get(image_id, np.empty(0, dtype=np.int64))
-        pairs = _assign(detections.iloc[indices], annotated, iou)
+        pairs = _assign(detections.iloc[indices], annotated, iou, same_category)
         for annotation, pair in zip(annotated, pairs, strict=True):
             row: dict[str, Any] = {"annotation_id": annotation["id"]}
             row.update((name, value) for name, value in annotation.items() if name != "id")
@@ -109,13 +113,16 @@ def match(
     return Match(table, others.reset_index(drop=True))
 
 
-def _assign(detections: pd.DataFrame, annotated: list[dict[str, Any]], iou: float) -> list[tuple[int, float] | None]:
+def _assign(
+    detections: pd.DataFrame, annotated: list[dict[str, Any]], iou: float, same_category: bool
+) -> list[tuple[int, float] | None]:
     """Return for each annotated object of an image the position of its detection and their overlap, or None."""
     pairs: list[tuple[int, float] | None] = [None] * len(annotated)
     if not annotated or detections.empty:
         return pairs
     overlaps = _overlaps(detections[CORNERS].to_numpy(float), annotated)
-    overlaps[detections["category_id"].to_numpy()[:, None] != [a["category_id"] for a in annotated]] = 0
+    if same_category:
+        overlaps[detections["category_id"].to_numpy()[:, None] != [a["category_id"] for a in annotated]] = 0
     for position in np.argsort(-detections["score"].to_numpy(), kind="stable"):
         best = int(overlaps[position].argmax())
         if overlaps[position, best] >= iou:

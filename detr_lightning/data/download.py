@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 import urllib.request
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,33 +53,48 @@ def download_val2017(image_dir: Path, annotation_file: Path | None) -> None:
         ConnectionError: The server does not deliver; what has arrived is kept, and the same call goes on with it.
         ValueError: What arrived is not what COCO published.
     """
-    if annotation_file is not None and not annotation_file.exists():
-        archive = _fetch(ANNOTATIONS, annotation_file.parent)
-        partial = annotation_file.with_name(annotation_file.name + ".part")
-        with (
-            zipfile.ZipFile(archive) as content,
-            content.open(ANNOTATIONS.members) as source,
-            open(partial, "wb") as to,
-        ):
-            shutil.copyfileobj(source, to, CHUNK)
-        partial.replace(annotation_file)
-        archive.unlink()
-    if not image_dir.is_dir() or not any(image_dir.iterdir()):
-        archive = _fetch(IMAGES, image_dir.parent)
-        partial = image_dir.with_name(image_dir.name + ".part")
-        with zipfile.ZipFile(archive) as content:
-            content.extractall(partial, [name for name in content.namelist() if name.startswith(IMAGES.members)])
-        if image_dir.exists():
-            image_dir.rmdir()
-        (partial / IMAGES.members).rename(image_dir)
-        partial.rmdir()
-        archive.unlink()
+    if annotation_file is not None:
+        with _alone_in(annotation_file.parent):
+            if not annotation_file.exists():
+                _unpack_annotations(annotation_file)
+    with _alone_in(image_dir.parent):
+        if not image_dir.is_dir() or not any(image_dir.iterdir()):
+            _unpack_images(image_dir)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let the ranks of a run into a folder one after the other: the first one downloads, the others find it done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".download.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _unpack_annotations(annotation_file: Path) -> None:
+    archive = _fetch(ANNOTATIONS, annotation_file.parent)
+    partial = annotation_file.with_name(annotation_file.name + ".part")
+    with zipfile.ZipFile(archive) as content, content.open(ANNOTATIONS.members) as source, open(partial, "wb") as to:
+        shutil.copyfileobj(source, to, CHUNK)
+    partial.replace(annotation_file)
+    archive.unlink()
+
+
+def _unpack_images(image_dir: Path) -> None:
+    archive = _fetch(IMAGES, image_dir.parent)
+    partial = image_dir.with_name(image_dir.name + ".part")
+    with zipfile.ZipFile(archive) as content:
+        content.extractall(partial, [name for name in content.namelist() if name.startswith(IMAGES.members)])
+    if image_dir.exists():
+        image_dir.rmdir()
+    (partial / IMAGES.members).rename(image_dir)
+    partial.rmdir()
+    archive.unlink()
 
 
 def _fetch(archive: Archive, folder: Path) -> Path:
     """Download an archive, going on where an earlier attempt stopped, and check it."""
     url = BASE_URL + archive.url
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / Path(archive.url).name
     have = path.stat().st_size if path.exists() else 0
     if have < archive.size:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import colorsys
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 try:
-    from matplotlib.figure import Figure
+    from matplotlib import figure
 except ImportError as missing:
     raise ImportError("Pictures need matplotlib: pip install 'detr-lightning[analysis]'.") from missing
 
@@ -21,6 +22,15 @@ __all__ = ["INK", "Figure", "color_of", "embeddings_of", "ink_on"]
 INK = "#222222"
 _HUES = ((0, 0.14, 0.28, 0.42, 0.56, 0.72, 0.86, 1), (0, 0.07, 0.14, 0.33, 0.48, 0.6, 0.77, 1))
 # Even steps -> hues: red, orange, yellow, green, teal, blue, purple, red. Even steps of hue itself are mostly green.
+
+
+class Figure(figure.Figure):
+    """A figure that notebooks show without pyplot, which would keep it alive and may want a display."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png")
+        return png.getvalue()
 
 
 def color_of(category_id: int) -> tuple[float, float, float]:

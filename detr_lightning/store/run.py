@@ -90,6 +90,7 @@ class ExtractionRun:
         self.failed_before: dict[int, Entry] = {}
         self.complete = False
         self._recorded: set[int] = set()
+        self._void = False
         self._lock: Held | None = None
         self._journal: Journal | None = None
 
@@ -126,6 +127,8 @@ class ExtractionRun:
                 "or writer.if_exists=resume to go on or overwrite to start again."
             )
         before, entries = self._read()
+        if self.if_exists == "overwrite":
+            self.failed_before = {}
         if before is None or self.if_exists == "overwrite":
             return
         self.finished = {
@@ -154,8 +157,8 @@ class ExtractionRun:
             self.inspect()  # Another run has begun, and ended, since.
         for leftover in (*self.folder.glob(TEMPORARY), *state.glob(TEMPORARY)):
             leftover.unlink(missing_ok=True)
-        if self.if_exists == "overwrite":
-            self._remove_recorded()
+        if self.if_exists == "overwrite" or self._void:
+            self._forget()
         with replacing(state / "done.jsonl") as file:
             failed = (entry for image_id, entry in self.failed_before.items() if image_id not in self.images)
             for entry in (*failed, *self.finished.values()):  # What is planned now is tried again.
@@ -249,14 +252,16 @@ class ExtractionRun:
 
     def _read(self) -> tuple[dict[str, Any] | None, dict[int, Entry]]:
         """Return the header and the entries that an earlier run left, finished or not."""
-        run = self.folder / STATE / "run.json"
-        before: dict[str, Any] | None = None
-        if (self.folder / METADATA).exists():
+        path = self.folder / STATE / "run.json"
+        run = _read_state(path) if path.exists() else None
+        self._void = run is not None and "void" in run
+        before: dict[str, Any] = {}
+        if (self.folder / METADATA).exists() and not self._void:
             before = read_metadata(self.folder, unfinished=True)
-        if run.exists():
-            before = {**(before or {}), **_read_state(run)}
-            self.token = before["token"]
-        if before is None:
+        if run is not None:
+            before |= run
+            self.token = run["token"]
+        if not before:
             return None, {}
         entries, self.failed_before = self._read_entries(before)
         self._recorded = entries.keys() | set(before.get("planned", ()))
@@ -318,11 +323,13 @@ class ExtractionRun:
                         f"{entry[name]}. Choose another output_dir, or writer.if_exists=overwrite."
                     )
 
-    def _remove_recorded(self) -> None:
-        """Remove what earlier runs wrote, and nothing else; first what says that it is finished."""
-        (self.folder / METADATA).unlink(missing_ok=True)
+    def _forget(self) -> None:
+        """Remove what earlier runs wrote, and nothing else. If this is cut short, the next run goes on with it."""
         for journal in (self.folder / STATE).glob("*.jsonl"):
             journal.unlink()
+        void = {"token": uuid.uuid4().hex, "planned": sorted(self._recorded), "void": True}
+        write_json(self.folder / STATE / "run.json", void)
+        (self.folder / METADATA).unlink(missing_ok=True)
         for image_id in self._recorded:
             (self.folder / file_name(image_id)).unlink(missing_ok=True)
 

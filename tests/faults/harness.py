@@ -187,3 +187,16 @@ def message(err: str) -> str:
     text = err[err.index("Error") :]
     assert len(text) < 700, text
     return text
+
+
+def group_of(group: int) -> list[int]:
+    """Return the living processes of a process group."""
+    living = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, rest = entry.parent.name, entry.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(rest[2]) == group and rest[0] != "Z":
+            living.append(int(pid))
+    return living

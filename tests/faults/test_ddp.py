@@ -23,6 +23,7 @@ from harness import (
     contents,
     differences,
     free_port,
+    group_of,
     message,
     slow,
     until,
@@ -214,16 +215,3 @@ def test_lightning_ends_rank_0_when_rank_1_dies(start: Callable[..., Started], l
     again = start(*long.data, "--data.limit", "10", "--output_dir", folder)
     assert again.wait() == 0, again.err
     contents(folder)
-
-
-def group_of(group: int) -> list[int]:
-    """Return the living processes of a process group."""
-    living = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, rest = entry.parent.name, entry.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(rest[2]) == group and rest[0] != "Z":
-            living.append(int(pid))
-    return living
