@@ -86,7 +86,7 @@ def extract(
         raise ValueError("annotation_file belongs to a folder of images, not to single ones.")
     else:
         single = isinstance(images, str | os.PathLike | Image.Image)
-        datamodule = ImageList([images] if single else list(images), **data)  # type: ignore[list-item, arg-type]
+        datamodule = ImageList.of([images] if single else list(images), **data)  # type: ignore[list-item, arg-type]
     extractor = DETRExtractor(os.fspath(weights), extract_type, keys, **(model or {}))
     writer = None if output_dir is None else EmbeddingWriter(str(Path(output_dir).expanduser()), dtype, if_exists)
     with calm():
@@ -116,19 +116,22 @@ def extract(
 
 
 class ImageList(COCODataModule):
-    """Images that lie anywhere, or in memory alone, numbered from 1.
+    """Images that lie anywhere, or in memory alone, numbered from 1."""
 
-    Args:
-        sources: Paths and PIL images.
-        **settings: Of `COCODataModule`.
+    sources: Sequence[Path | Image.Image]
 
-    Raises:
-        TypeError: One of them is neither.
-        ValueError: There is none.
-    """
+    @classmethod
+    def of(cls, sources: Sequence[Source], **settings: Any) -> ImageList:
+        """Return a data module for these images. They are no argument of `__init__`, which Lightning would copy.
 
-    def __init__(self, sources: Sequence[Source], **settings: Any) -> None:
-        super().__init__("", **settings)
+        Args:
+            sources: Paths and PIL images.
+            **settings: Of `COCODataModule`.
+
+        Raises:
+            TypeError: One of them is neither.
+            ValueError: There is none.
+        """
         if not sources:
             raise ValueError("images: the list is empty.")
         for number, source in enumerate(sources, start=1):
@@ -137,7 +140,9 @@ class ImageList(COCODataModule):
                     f"images: number {number} is of type {type(source).__name__}, but must be a path or a PIL image. "
                     "PIL.Image.fromarray makes one of an array."
                 )
-        self.sources = [source if isinstance(source, Image.Image) else Path(source).expanduser() for source in sources]
+        images = cls("", **settings)
+        images.sources = [s if isinstance(s, Image.Image) else Path(s).expanduser() for s in sources]
+        return images
 
     def find(self) -> tuple[list[ImageRecord], list[Failure]]:
         """Return all images, and those whose size cannot be read."""

@@ -117,17 +117,35 @@ class EmbeddingWriter(BasePredictionWriter):
         data: COCODataModule = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(pl_module, DETRExtractor) or not isinstance(data, COCODataModule):
             raise TypeError("EmbeddingWriter needs a DETRExtractor and a COCODataModule.")
+        told = self._begin(trainer, pl_module, data)
+        problems = _gathered(trainer, self._join(trainer, pl_module, data, *told))
+        if trainer.is_global_zero and not any(problems):
+            assert self.extraction is not None
+            problems = self.extraction.unseen(trainer.world_size)
+        problems = trainer.strategy.broadcast(problems)
+        if any(problems):
+            if not trainer.is_global_zero:
+                raise SystemExit(1)  # rank 0 says why
+            raise OSError(
+                "; ".join(f"rank {rank} of {len(problems)}: {text}" for rank, text in enumerate(problems) if text)
+            )
+
+    def _begin(
+        self, trainer: Trainer, model: DETRExtractor, data: COCODataModule
+    ) -> tuple[str, frozenset[int], dict[str, int]]:
+        """Begin on rank 0; return what all ranks need to know: the run's token, finished ids, and ids by file name."""
+        self.metadata, self.images_written, self.bytes_written = None, 0, 0
         error: Exception | None = None
         told: Any = None
         if trainer.is_global_zero:
             try:
-                run = self.extraction or self.plan(trainer, pl_module, data)
+                run = self.extraction or self.plan(trainer, model, data)
                 run.begin()
                 run.join(0)
                 told = (
                     run.token,
                     frozenset(run.finished),
-                    [(record.file_name, record.image_id) for record in data.records],
+                    {record.file_name: record.image_id for record in data.records},
                 )
             except Exception as raised:
                 error = raised
@@ -136,27 +154,31 @@ class EmbeddingWriter(BasePredictionWriter):
             raise error
         if failed:
             raise SystemExit(1)  # rank 0 says why
-        token, data.finished, known = told
-        problem = None
-        if not trainer.is_global_zero:
-            try:
-                data.keep_ids(dict(known))
-                self.extraction = self._run(trainer, pl_module, data)
-                if self.extraction.shares_folder(token):
-                    self.extraction.join(trainer.global_rank)
-                else:
-                    problem = (
-                        f"output_dir {self.output_dir} is not the folder of rank 0. Choose one that all nodes share."
-                    )
-            except Exception as raised:
-                problem = str(raised)
-        problems = _gathered(trainer, problem)
-        if any(problems):
-            if not trainer.is_global_zero:
-                raise SystemExit(1)
-            raise OSError(
-                "; ".join(f"rank {rank} of {len(problems)}: {text}" for rank, text in enumerate(problems) if text)
-            )
+        token, finished, ids = told
+        return token, finished, ids
+
+    def _join(
+        self,
+        trainer: Trainer,
+        model: DETRExtractor,
+        data: COCODataModule,
+        token: str,
+        finished: frozenset[int],
+        ids: dict[str, int],
+    ) -> str | None:
+        """Join what rank 0 began; return why this rank cannot."""
+        data.finished = finished
+        if trainer.is_global_zero:
+            return None
+        try:
+            data.keep_ids(ids)
+            self.extraction = self._run(trainer, model, data)
+            if not self.extraction.shares_folder(token):
+                return f"output_dir {self.output_dir} is not the folder of rank 0. Choose one that all nodes share."
+            self.extraction.join(trainer.global_rank)
+        except Exception as raised:
+            return str(raised) or repr(raised)
+        return None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the writing threads, and let SIGTERM end the run as Ctrl-C does."""
@@ -210,20 +232,22 @@ class EmbeddingWriter(BasePredictionWriter):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop what is waiting, finish the files that are being written, and let go of the folder."""
         self._stop()
-        if self.extraction is not None:
-            self.extraction.leave(done=False)
-            self.extraction.release()
+        self._let_go()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the folder, also where nothing was predicted."""
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self.extraction is not None:
             self.extraction.leave(done=False)
             self.extraction.release()
+            self.extraction = None
 
     def _stop(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+            self._pool, self._writing = None, set()
 
     def _collect(self, allowed: int) -> None:
         """Raise what a writing thread raised, and wait until no more than `allowed` images are waiting."""

@@ -31,7 +31,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_convert, generalized_box_iou,
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from detr_lightning.data.transforms import resized_size
-from detr_lightning.model import DETR, Architecture
+from detr_lightning.model import DETR, Architecture, normalise
 from tools.demo_dataset import CATEGORIES, draw_picture
 
 SHORT_SIDE, LONG_SIDE = 128, 213
@@ -45,7 +45,7 @@ ARCHITECTURE = Architecture(
     num_queries=16,
     num_logits=max(CATEGORIES) + 2,  # every id up to the largest, and "no object"
 )
-NO_OBJECT_WEIGHT, BOX_WEIGHT, GIOU_WEIGHT = 0.1, 5.0, 2.0
+NO_OBJECT_WEIGHT, CLASS_WEIGHT, BOX_WEIGHT, GIOU_WEIGHT = 0.1, 2.0, 5.0, 2.0
 WARMUP, WRITE_EVERY = 300, 500
 
 Example = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -110,7 +110,8 @@ def detection_loss(logits: Tensor, boxes: Tensor, labels: list[Tensor], target_b
     all_corners = box_convert(all_boxes, "cxcywh", "xyxy")
     with torch.no_grad():
         flat = boxes.flatten(0, 1)
-        cost = BOX_WEIGHT * torch.cdist(flat, all_boxes, p=1) - logits.softmax(-1).flatten(0, 1)[:, all_labels]
+        cost = BOX_WEIGHT * torch.cdist(flat, all_boxes, p=1)
+        cost -= CLASS_WEIGHT * logits.softmax(-1).flatten(0, 1)[:, all_labels]
         cost -= GIOU_WEIGHT * generalized_box_iou(box_convert(flat, "cxcywh", "xyxy"), all_corners)
         costs = cost.unflatten(0, (-1, layers, queries)).numpy()  # [B, L, Q, all objects]
     rows, chosen, targets = [], [], []
@@ -127,11 +128,66 @@ def detection_loss(logits: Tensor, boxes: Tensor, labels: list[Tensor], target_b
     classes[rows, chosen] = all_labels[targets]
     weight = torch.ones(no_object + 1)
     weight[no_object] = NO_OBJECT_WEIGHT
-    loss = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weight) * layers
+    loss = CLASS_WEIGHT * layers * F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weight)
     matched, objects = boxes[rows, chosen], max(len(all_labels), 1)
     loss = loss + BOX_WEIGHT * F.l1_loss(matched, all_boxes[targets], reduction="sum") / objects
     corners = box_convert(matched, "cxcywh", "xyxy")
     return loss + GIOU_WEIGHT * generalized_box_iou_loss(corners, all_corners[targets], reduction="sum") / objects
+
+
+class PlaceHeads(nn.Module):
+    """Heads on every place of the encoder's output, for a loss that only training has.
+
+    Each place proposes a box near itself, as in two-stage Deformable DETR (https://arxiv.org/abs/2010.04159). It
+    teaches the encoder classes and places before the decoder's queries have learned where to look.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Linear(ARCHITECTURE.hidden_dim, ARCHITECTURE.num_logits)
+        self.boxes = nn.Linear(ARCHITECTURE.hidden_dim, 4)
+
+    def forward(self, encoded: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return logits `[B, 1, H*W, num_logits]` and boxes `[B, 1, H*W, 4]`, as of one decoder layer."""
+        y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+        start = torch.stack([x, y, torch.full_like(x, 0.3), torch.full_like(x, 0.3)], dim=-1).flatten(0, 1)  # [H*W, 4]
+        return self.logits(encoded)[:, None], (self.boxes(encoded) + start.logit()).sigmoid()[:, None]
+
+
+def crops(examples: list[Example], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Cut a square around every object, loosely, and return pixels `[N, 3, size, size]` in uint8 and labels `[N]`."""
+    pixels, labels = [], []
+    for picture, picture_labels, boxes in examples:
+        height, width = picture.shape[1:]
+        for label, (cx, cy, w, h) in zip(picture_labels.tolist(), boxes.tolist(), strict=True):
+            loose = torch.rand(3, generator=generator).tolist()
+            side = min(int(max(w * width, h * height) * (1.1 + loose[0])), height, width)
+            left = int(min(max(cx * width - side * (0.4 + 0.2 * loose[1]), 0), width - side))
+            top = int(min(max(cy * height - side * (0.4 + 0.2 * loose[2]), 0), height - side))
+            crop = Image.fromarray(picture[:, top : top + side, left : left + side].transpose(1, 2, 0))
+            pixels.append(np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR)))
+            labels.append(label)
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels)
+
+
+def pretrain(model: DETR, examples: list[Example], steps: int, generator: torch.Generator) -> None:
+    """Teach the backbone to tell the classes apart on crops of single objects, as DETR's was taught on ImageNet."""
+    pixels, labels = crops(examples, 64, generator)
+    backbone, classifier = model.backbone[0], nn.Linear(ARCHITECTURE.feature_channels, ARCHITECTURE.num_logits)
+    optimizer = torch.optim.AdamW([*backbone.parameters(), *classifier.parameters()], weight_decay=1e-4, fused=True)
+    for step in range(steps):
+        chosen = torch.randint(len(labels), (64,), generator=generator)
+        images = pixels[chosen][:, torch.randperm(3, generator=generator)].contiguous(memory_format=torch.channels_last)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min((step + 1) / 50, 1 - step / steps)
+        logits = classifier(backbone(normalise(images)).mean((2, 3)))
+        loss = F.cross_entropy(logits, labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            right = (logits.argmax(1) == labels[chosen]).float().mean().item()
+            print(f"backbone, step {step + 1} of {steps}: loss {loss.item():.3f}, accuracy {right:.2f}", flush=True)
 
 
 def trainable() -> DETR:
@@ -156,7 +212,17 @@ def write_checkpoint(model: DETR, path: Path) -> None:
     partial.replace(path)
 
 
-def train(path: Path, *, images: int, steps: int, decay: int, batch_size: int, learning_rate: float, seed: int) -> None:
+def train(
+    path: Path,
+    *,
+    images: int,
+    pretraining: int,
+    steps: int,
+    decay: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
     """Train for a number of steps, the learning rate constant until its linear fall over the last `decay` steps."""
 
     def fall_now(*_: object) -> None:
@@ -167,28 +233,38 @@ def train(path: Path, *, images: int, steps: int, decay: int, batch_size: int, l
     signal.signal(signal.SIGUSR1, fall_now)
     began = time.monotonic()
     torch.manual_seed(seed)
-    data = batches(draw_examples(images, seed), batch_size, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    examples = draw_examples(images, seed)
     print(f"{images} pictures after {time.monotonic() - began:.0f} s", flush=True)
     model = trainable().train()
+    pretrain(model, examples, pretraining, generator)
+    data = batches(examples, batch_size, generator)
+    place_heads = PlaceHeads()
+    parameters = [*model.parameters(), *place_heads.parameters()]
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4, fused=True)
-    recent = 0.0
+    optimizer = torch.optim.AdamW(parameters, weight_decay=1e-4, fused=True)
+    recent = recent_place = 0.0
     while step < steps:
         pixels, labels, boxes = next(data)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min((step + 1) / WARMUP, 1, (steps - step) / decay)
-        decoded = model(pixels, keys=("decoder_output",))["decoder_output"]
-        loss = detection_loss(*model.predict(decoded), labels, boxes)
+        out = model(pixels, keys=("encoder_output", "decoder_output"))
+        loss = detection_loss(*model.predict(out["decoder_output"]), labels, boxes)
+        places = place_heads(out["encoder_output"], *ARCHITECTURE.feature_size(pixels.shape[-2:]))
+        place_loss = detection_loss(*places, labels, boxes)
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        (loss + place_loss).backward()
+        nn.utils.clip_grad_norm_(parameters, 0.1)
         optimizer.step()
         average.update_parameters(model)
         step += 1
-        recent += loss.item() / 100
+        recent, recent_place = recent + loss.item() / 100, recent_place + place_loss.item() / 100
         if step % 100 == 0:
-            print(f"step {step} of {steps}: loss {recent:.3f}, {time.monotonic() - began:.0f} s", flush=True)
-            recent = 0.0
+            print(
+                f"step {step} of {steps}: loss {recent:.3f} and {recent_place:.3f}, {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+            recent = recent_place = 0.0
         if step % WRITE_EVERY == 0 or step == steps:
             write_checkpoint(average.module, path)
 
@@ -198,10 +274,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the small DETR of assets/demo.")
     parser.add_argument("checkpoint", type=Path, help="the file to write")
     parser.add_argument("--images", type=int, default=16000, help="pictures in the training set")
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--decay", type=int, default=3000, help="steps of the learning rate's final fall")
+    parser.add_argument("--pretraining", type=int, default=800, help="steps of teaching the backbone alone")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--decay", type=int, default=1500, help="steps of the learning rate's final fall")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     arguments = vars(parser.parse_args())
     train(arguments.pop("checkpoint"), **arguments)

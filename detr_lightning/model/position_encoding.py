@@ -39,13 +39,18 @@ class SinePositionEncoding(nn.Module):
         dtype = torch.promote_types(feature_map.dtype, torch.float32)
         if padding_mask is not None:
             return self._encode(~padding_mask, dtype).to(feature_map.dtype)
+        if torch.compiler.is_compiling():  # a lookup by size would make the compiler start again for each size
+            return self._plain(feature_map, dtype)
         key = (height, width, feature_map.device, feature_map.dtype)
         if key not in self._cache:
             # A tensor born in inference mode could never take part in training again.
             with torch.inference_mode(False), torch.no_grad():
-                valid = torch.ones(1, height, width, dtype=torch.bool, device=feature_map.device)
-                self._cache[key] = self._encode(valid, dtype).to(feature_map.dtype)
+                self._cache[key] = self._plain(feature_map, dtype)
         return self._cache[key]
+
+    def _plain(self, feature_map: Tensor, dtype: torch.dtype) -> Tensor:
+        valid = torch.ones(1, *feature_map.shape[-2:], dtype=torch.bool, device=feature_map.device)
+        return self._encode(valid, dtype).to(feature_map.dtype)
 
     def _encode(self, valid: Tensor, dtype: torch.dtype) -> Tensor:
         y = valid.cumsum(1, dtype=dtype)

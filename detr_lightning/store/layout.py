@@ -140,9 +140,7 @@ def read_metadata(folder: Path, *, unfinished: bool = False) -> dict[str, Any]:
     try:
         metadata = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}). Restore it, or remove it and extract again."
-        ) from error
+        raise ValueError(f"{path} is not JSON ({error}). Restore it, or remove it and extract again.") from error
     missing = [key for key in REQUIRED if not isinstance(metadata, dict) or key not in metadata]
     if missing:
         raise ValueError(f"{path} is another program's or too old: it lacks {', '.join(missing)}.")

@@ -25,7 +25,7 @@ from detr_lightning.store.layout import (
     save_tensors,
     write_json,
 )
-from detr_lightning.store.state import Held, Journal, await_done, hold, read_journal
+from detr_lightning.store.state import Held, Journal, await_done, hold, is_held, read_journal
 
 IF_EXISTS = ("resume", "overwrite", "error")
 """What `writer.if_exists` may be."""
@@ -177,6 +177,16 @@ class ExtractionRun:
     def shares_folder(self, token: str) -> bool:
         """Return whether this rank sees the run that rank 0 began: whether both write to one folder."""
         return self._token_now() == token
+
+    def unseen(self, world_size: int) -> list[str | None]:
+        """Return for each rank, all having joined, None or why this process would not see that it is alive."""
+        journals = [self.folder / STATE / f"rank-{rank}.jsonl" for rank in range(world_size)]
+        return [
+            None
+            if is_held(journal)
+            else f"its lock on {journal} does not reach rank 0. Choose a file system with locks (flock) for all nodes."
+            for journal in journals
+        ]
 
     def save(self, image_id: int, tensors: Mapping[str, Tensor], feature_size: tuple[int, int]) -> int:
         """Write an image's file and then its entry; return the file's bytes. Any thread may call it."""

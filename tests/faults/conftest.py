@@ -16,9 +16,7 @@ from harness import ONE, PATIENCE, Job, Started, Zygote, free_port
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     zygote = Zygote(tmp_path_factory.mktemp("zygote"))
     yield zygote
-    assert zygote.process.stdin is not None
-    zygote.process.stdin.close()
-    zygote.process.wait(PATIENCE)
+    zygote.process.communicate(timeout=PATIENCE)
 
 
 @pytest.fixture

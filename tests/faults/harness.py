@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -183,9 +184,11 @@ DETRExtractor.predict_step = slow
 def message(err: str) -> str:
     """Return the one short message with which a command ended."""
     assert "Traceback" not in err, err
-    assert err.count("Error") == 1, err
-    text = err[err.index("Error") :]
-    assert len(text) < 700, text
+    said = re.findall(r"^Error(?: \(rank \d+\))?: .*", err, re.MULTILINE | re.DOTALL)
+    assert len(said) == 1, err
+    text: str = said[0]
+    assert text.count("\nError") == 0, err
+    assert len(text) < 700, err
     return text
 
 

@@ -1,0 +1,239 @@
+"""One call from Python: what it takes, that its numbers are the command's, and what it says of bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Coco, Ran, make_coco
+from lightning.pytorch import Trainer
+from PIL import Image
+
+from detr_lightning import EmbeddingStore, extract
+from detr_lightning.data.files import UnreadableImageError
+
+SMALL = {"short_side": 64, "long_side": 128, "num_workers": 0}
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def written(coco_folder: Coco, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    """The eight images, written by one call."""
+    folder = tmp_path_factory.mktemp("written") / "out"
+    store = extract(
+        coco_folder.images, coco_folder.annotations, weights=tiny_weights, output_dir=folder, progress=False, **SMALL
+    )
+    assert isinstance(store, EmbeddingStore)
+    return store
+
+
+def read(images: Any, weights: Path, **settings: Any) -> dict[int, Tensors]:
+    """Extract into memory."""
+    found = extract(images, weights=weights, progress=False, **SMALL | settings)
+    assert isinstance(found, dict)
+    return found
+
+
+def assert_close(tensors: Tensors, expected: Tensors) -> None:
+    assert list(tensors) == list(expected)
+    for key, tensor in tensors.items():
+        assert tensor.dtype == expected[key].dtype
+        assert float((tensor - expected[key]).norm() / expected[key].norm()) < 1e-5
+
+
+def test_the_numbers_are_the_commands(
+    coco_folder: Coco, run_cli: Callable[..., Ran], tmp_path: Path, written: EmbeddingStore
+) -> None:
+    assert run_cli("predict", *coco_folder.data, "--output_dir", tmp_path / "out").code == 0
+    assert len(list(written.folder.iterdir())) == 9
+    for image_id in written:
+        path = tmp_path / "out" / f"embedding_{image_id:012d}.pt"
+        assert path.read_bytes() == written.path(image_id).read_bytes()
+    ours, theirs = (json.loads((folder / "metadata.json").read_text()) for folder in (written.folder, tmp_path / "out"))
+    assert ours.keys() == theirs.keys()
+    for key in ours.keys() - {"config"}:
+        assert ours[key] == theirs[key], key
+    assert written.image_path(4) == coco_folder.images / "000000000004.jpg"
+
+
+def test_a_coco_pair_and_a_folder_give_tensors_by_image_id(
+    coco_folder: Coco, tiny_weights: Path, written: EmbeddingStore
+) -> None:
+    for annotation_file in (coco_folder.annotations, None):  # File names that are numbers are the ids.
+        found = read(coco_folder.images, tiny_weights, annotation_file=annotation_file)
+        assert list(found) == written.image_ids
+        for image_id, tensors in found.items():
+            assert_close(tensors, written[image_id])
+
+
+def test_a_path_an_image_and_a_list_of_both(coco_folder: Coco, tiny_weights: Path, written: EmbeddingStore) -> None:
+    first, second = (coco_folder.images / f"{image_id:012d}.jpg" for image_id in (1, 4))
+    with Image.open(second) as image:
+        for images, expected in (
+            (first, [1]),
+            (str(first), [1]),
+            (image, [4]),
+            ([first, image, str(second)], [1, 4, 4]),
+            (iter((image, first)), [4, 1]),
+        ):
+            found = read(images, tiny_weights)
+            assert list(found) == list(range(1, len(expected) + 1))
+            for tensors, image_id in zip(found.values(), expected, strict=True):
+                assert_close(tensors, written[image_id])
+
+
+def test_workers_read_images_in_memory_too(coco_folder: Coco, tiny_weights: Path, written: EmbeddingStore) -> None:
+    paths = sorted(coco_folder.images.iterdir())[:3]
+    images = [Image.open(path) for path in paths]  # Not decoded yet.
+    found = read([*images, *images], tiny_weights, num_workers=2, batch_size=1)
+    for image in images:
+        image.close()
+    for number, image_id in enumerate([1, 4, 7, 1, 4, 7], start=1):
+        assert_close(found[number], written[image_id])
+
+
+def test_settings_reach_the_model_and_the_data(coco_folder: Coco, tiny_weights: Path) -> None:
+    keys = ["pred_boxes", "cross_attention", "query_embeddings"]
+    found = read(coco_folder.images, tiny_weights, keys=keys, dtype="float16", limit=2, batch_size=1)
+    assert list(found) == [1, 4]
+    assert list(found[1]) == keys
+    assert [tensor.dtype for tensor in found[1].values()] == [torch.float32, torch.float16, torch.float16]
+    assert list(read(coco_folder.images, tiny_weights, extract_type="encoder", limit=1)[1]) == [
+        "encoder_output",
+        "pred_logits",
+        "pred_boxes",
+    ]
+    with pytest.raises(ValueError, match="nheads"):  # The checkpoint says 4.
+        read(coco_folder.images, tiny_weights, model={"nheads": 8})
+    with pytest.raises(ValueError, match="extract_type"):
+        read(coco_folder.images, tiny_weights, extract_type="decoders")
+    with pytest.raises(TypeError, match="batchsize"):
+        read(coco_folder.images, tiny_weights, batchsize=2)
+
+
+def test_a_probe_can_be_trained_on_what_is_returned(coco_folder: Coco, tiny_weights: Path) -> None:
+    found = read(coco_folder.images, tiny_weights)
+    for tensors in found.values():
+        for tensor in tensors.values():
+            assert not tensor.is_inference()
+            assert not tensor.requires_grad
+            assert tensor.is_contiguous()
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes  # A batch does not live on in one image.
+    vectors = torch.stack([tensors["query_embeddings"].mean(0) for tensors in found.values()])
+    probe = torch.nn.Linear(vectors.shape[1], 2)
+    torch.nn.functional.cross_entropy(probe(vectors), torch.arange(8) % 2).backward()
+    assert probe.weight.grad is not None
+    assert probe.weight.grad.abs().sum() > 0
+    vectors.requires_grad_().square().sum().backward()
+
+
+def test_a_second_call_returns_at_once(
+    coco_folder: Coco, tiny_weights: Path, written: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in written.folder.iterdir()}
+
+    def predict(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing is left to do")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "predict", predict)
+        settings = dict(weights=tiny_weights, output_dir=written.folder, progress=False, **SMALL)
+        again = extract(coco_folder.images, coco_folder.annotations, **settings)
+    assert isinstance(again, EmbeddingStore)
+    assert again.metadata == written.metadata
+    assert {path: path.stat().st_mtime_ns for path in written.folder.iterdir()} == before
+    with pytest.raises(ValueError, match="float32"):
+        extract(coco_folder.images, coco_folder.annotations, dtype="float16", **settings)
+    with pytest.raises(FileExistsError):
+        extract(coco_folder.images, coco_folder.annotations, if_exists="error", **settings)
+
+
+def test_another_image_in_memory_is_not_taken_for_the_first(tiny_weights: Path, tmp_path: Path) -> None:
+    black, white = (Image.new("RGB", (64, 64), color) for color in ("black", "white"))
+    settings = dict(weights=tiny_weights, output_dir=tmp_path / "out", progress=False, **SMALL)
+    store = extract([black], **settings)
+    assert isinstance(store, EmbeddingStore)
+    assert store.image(1)["file_name"].startswith("image 1 (")
+    assert len(extract([black, white], **settings)) == 2
+    with pytest.raises(ValueError, match="image 1"):
+        extract([white], **settings)
+    assert_close(extract([white], if_exists="overwrite", **settings)[1], read(white, tiny_weights)[1])
+
+
+def test_a_home_folder_is_found(
+    coco_folder: Coco, tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    os.symlink(coco_folder.images, tmp_path / "pictures")
+    store = extract("~/pictures", weights=tiny_weights, output_dir="~/out", limit=1, progress=False, **SMALL)
+    assert isinstance(store, EmbeddingStore)
+    assert store.folder == tmp_path / "out"
+    assert list(read(["~/pictures/000000000001.jpg"], tiny_weights)) == [1]
+
+
+def test_what_is_not_there(coco_folder: Coco, tiny_weights: Path, tmp_path: Path) -> None:
+    image = next(coco_folder.images.iterdir())
+    with pytest.raises(FileNotFoundError, match=r"no file and no folder .*none\.jpg"):
+        read(tmp_path / "none.jpg", tiny_weights)
+    with pytest.raises(FileNotFoundError, match=r"number 2, .*none\.jpg, is no file"):
+        read([image, tmp_path / "none.jpg"], tiny_weights, on_error="skip")
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        read(coco_folder.images, tiny_weights, annotation_file=tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
+        read(image, tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="list is empty"):
+        read([], tiny_weights)
+    with pytest.raises(ValueError, match="belongs to a folder"):
+        read([image], tiny_weights, annotation_file=coco_folder.annotations)
+    with pytest.raises(TypeError, match=r"number 1 is of type ndarray.*fromarray"):
+        read([np.zeros((64, 64, 3), np.uint8)], tiny_weights)
+
+
+def test_unreadable_images_stop_or_are_skipped(tiny_weights: Path, tmp_path: Path) -> None:
+    coco = make_coco(tmp_path / "coco", 3)
+    header, body = (coco.images / f"{image_id:012d}.jpg" for image_id in (1, 4))
+    header.write_bytes(b"no image")
+    body.write_bytes(body.read_bytes()[:2000])
+    with Image.open(io.BytesIO(body.read_bytes())) as truncated:
+        sources = [header, coco.images / "000000000007.jpg", body, truncated]
+        for bad in (header, body):
+            with pytest.raises(UnreadableImageError, match=rf"{bad.name}.*on_error='skip'"):
+                read([bad], tiny_weights)
+        with pytest.raises(UnreadableImageError, match=r"image 1.*cannot be decoded.*on_error='skip'"):
+            read(truncated, tiny_weights)
+        assert list(read(sources, tiny_weights, on_error="skip")) == [2]
+        settings = dict(weights=tiny_weights, output_dir=tmp_path / "out", on_error="skip", progress=False, **SMALL)
+        store = extract(sources, **settings)
+    assert isinstance(store, EmbeddingStore)
+    assert store.image_ids == [2]
+    assert [failed["id"] for failed in store.metadata["failed"]] == [1, 3, 4]
+    with pytest.raises(UnreadableImageError, match=header.name):
+        read(coco.images, tiny_weights, annotation_file=coco.annotations)
+    assert list(read(coco.images, tiny_weights, annotation_file=coco.annotations, on_error="skip")) == [7]
+
+
+def test_a_script_runs_once_and_says_little(coco_folder: Coco, tiny_weights: Path, tmp_path: Path) -> None:
+    """Without `if __name__ == "__main__"`, and with the workers and the progress that are there by default."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('begins')\n"
+        "from detr_lightning import extract\n"
+        f"found = extract({str(coco_folder.images)!r}, weights={str(tiny_weights)!r}, short_side=64, long_side=128)\n"
+        "print(len(found), 'images')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "begins\n8 images\n"
+    assert done.stderr == "Extracting: 8 images to go\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]

@@ -1,0 +1,78 @@
+"""The notebooks are committed without outputs and run from the first cell to the last."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SHARED = ROOT.parent / "shared"
+
+
+def execute(path: Path, folder: Path, **values: Any) -> nbformat.NotebookNode:
+    """Run a notebook in a folder, other values in place of those that its first cell gives to names."""
+    notebook = nbformat.read(path, as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    first.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
+    NotebookClient(
+        notebook, timeout=300, startup_timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    return notebook
+
+
+def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def test_all_are_there() -> None:
+    names = ["01_extract_and_explore", "02_retrieval", "03_layerwise", "04_group_analysis"]
+    assert [path.stem for path in NOTEBOOKS] == names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_without_outputs(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert outputs(notebook) == []
+    for cell in notebook.cells:
+        assert cell.source.strip()
+        assert not cell.metadata
+        assert cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_on_the_demo(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+    before = {file.relative_to(ROOT) for name in ("notebooks", "assets") for file in (ROOT / name).rglob("*")}
+    notebook = execute(path, path.parent)
+    pictures = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
+    assert pictures
+    said = [output.text for output in outputs(notebook) if output.output_type == "stream" and output.name == "stderr"]
+    assert said == []
+    after = {file.relative_to(ROOT) for name in ("notebooks", "assets") for file in (ROOT / name).rglob("*")}
+    assert after - before == set()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="../shared, with a sample of COCO, is not there")
+def test_runs_on_coco_from_another_folder(tmp_path: Path) -> None:
+    data = {
+        "images": str(SHARED / "coco" / "val2017"),
+        "annotation_file": str(SHARED / "coco" / "annotations" / "instances_val2017.json"),
+        "weights": str(SHARED / "golden" / "detr_r18_tiny.pth"),
+        "output_dir": str(tmp_path / "out"),
+        "limit": 4,
+        "short_side": 320,
+        "long_side": 533,
+    }
+    execute(NOTEBOOKS[0], tmp_path, DATA=data, THRESHOLD=0.0)
+    assert len(list((tmp_path / "out").iterdir())) == 5

@@ -1,0 +1,101 @@
+"""Make the pictures of the README from the demo's images and its DETR.
+
+    python tools/readme_pictures.py
+
+writes assets/readme/{detections,attention,neighbours}.png. For the neighbours it draws 150 more pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
+
+from detr_lightning import EmbeddingStore, extract, plots
+from detr_lightning.objects import objects
+from tools.demo_dataset import write_dataset
+from tools.train_demo import LONG_SIDE, SHORT_SIDE
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "assets/demo"
+KEYS = ["query_embeddings", "pred_logits", "pred_boxes", "cross_attention"]
+GAP = 8
+
+
+def store_of(images: Path, annotation_file: Path, output_dir: Path) -> EmbeddingStore:
+    """Extract a dataset with the demo's DETR."""
+    store = extract(
+        images,
+        annotation_file,
+        weights=DEMO / "detr_demo.pth",
+        keys=KEYS,
+        output_dir=output_dir,
+        short_side=SHORT_SIDE,
+        long_side=LONG_SIDE,
+    )
+    assert isinstance(store, EmbeddingStore)
+    return store
+
+
+def drawn(figure: Figure, width: int) -> Image.Image:
+    """Draw a figure so many pixels wide."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=width / figure.get_size_inches()[0])
+    return Image.open(png).convert("RGB")
+
+
+def row(pictures: Sequence[Image.Image], height: int) -> Image.Image:
+    """Put pictures side by side, all of one height."""
+    resized = [picture.resize((picture.width * height // picture.height, height), 1) for picture in pictures]
+    line = Image.new("RGB", (sum(picture.width + GAP for picture in resized) - GAP, height), "white")
+    left = 0
+    for picture in resized:
+        line.paste(picture, (left, 0))
+        left += picture.width + GAP
+    return line
+
+
+def write(picture: Image.Image, path: Path) -> None:
+    """Write a small PNG: 255 colours are enough for these pictures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.quantize(255, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"{path}: {picture.width}x{picture.height}, {path.stat().st_size / 1000:.0f} kB")
+
+
+def main() -> None:
+    """Read the command line and make the pictures."""
+    parser = argparse.ArgumentParser(description="Make the README's pictures.")
+    parser.add_argument("--threshold", type=float, default=0.5, help="the lowest score that is drawn")
+    parser.add_argument("--folder", type=Path, default=ROOT / "assets/readme", help="where to write them")
+    arguments = parser.parse_args()
+    threshold, folder = arguments.threshold, arguments.folder
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        store = store_of(DEMO / "images", DEMO / "instances_demo.json", work / "demo")
+        table = objects(store, threshold)
+        image_ids = [int(image_id) for image_id in table.image_id.value_counts().index[:4]]  # those with most objects
+        pictures = [drawn(plots.detections(store, image_id, threshold=threshold), 480) for image_id in image_ids]
+        write(row(pictures, 210), folder / "detections.png")
+        surest = table[table.image_id == image_ids[0]].nlargest(3, "score")["query"].tolist()
+        write(drawn(plots.attention(store, image_ids[0], surest), 900), folder / "attention.png")
+
+        drawn_more = write_dataset(work, images=150, seed=7)
+        store = store_of(work / "images", drawn_more, work / "more")
+        table = objects(store, threshold)
+        random = np.random.default_rng(0)
+        categories = table.category.value_counts().index[:4]
+        starts = [int(random.choice(np.flatnonzero(table.category == category))) for category in categories]
+        write(drawn(plots.neighbours(store, table, starts, k=7), 900), folder / "neighbours.png")
+
+
+if __name__ == "__main__":
+    main()
