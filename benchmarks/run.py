@@ -125,7 +125,7 @@ def make_peers(options: argparse.Namespace, batch_size: int, dtype: torch.dtype)
 
 
 def peak_rates() -> dict[str, float]:
-    """Return the best floating point rates, in FLOP/s, that this machine reaches in one large product or convolution."""
+    """Return the best rates, in FLOP/s, that this machine reaches in one large product or convolution."""
     rates = {}
     for name, (_, dtype) in PRECISIONS.items():
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -295,42 +295,33 @@ def measured(
 def scaling(options: argparse.Namespace) -> dict[str, Any]:
     """Show images/s and peak memory against the number of images, batch size, workers and writing threads."""
     demo = str(Path(__file__).parent.parent / "assets" / "demo" / "detr_demo.pth")
-    small = {"short_side": 128, "long_side": 224}
-    rows: list[tuple[str, int, float, float]] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "many"
-        make_images(folder, max(options.numbers), [(192, 144), (144, 192), (160, 160)])
-        for number in options.numbers:
-            rows.append((f"demo model, {number} images", number, *measured(folder, demo, limit=number, **small)))
-        for batch_size in (1, 4, 8, 16, 32):
-            setting = {"limit": 500, "batch_size": batch_size, **small}
-            rows.append((f"demo model, batch size {batch_size}", 500, *measured(folder, demo, **setting)))
-        for workers in (0, 1, 2, 4):
-            setting = {"limit": 500, "num_workers": workers, **small}
-            rows.append((f"demo model, {workers} workers", 500, *measured(folder, demo, **setting)))
-        for threads in (1, 2, 4):
-            rows.append(
-                (
-                    f"demo model, {threads} writing threads",
-                    500,
-                    *measured(folder, demo, limit=500, threads=threads, **small),
-                )
-            )
-        photographs = Path(temporary) / "photographs"
-        make_images(photographs, 32)
-        for batch_size in (1, 2, 4, 8, 16):
-            rows.append((f"DETR-R50, batch size {batch_size}", 32, *measured(photographs, batch_size=batch_size)))
-        for extract_type in ("decoder", "all"):
-            for number in (16, 32):
-                memory = measured(photographs, extract_type=extract_type, limit=number, batch_size=8)
-                rows.append((f"DETR-R50, {extract_type}, batch size 8, {number} images", number, *memory))
+    sweeps = {"batch_size": (1, 4, 8, 16, 32), "num_workers": (0, 1, 2, 4), "threads": (1, 2, 4)}
+    runs: list[dict[str, Any]] = [
+        *({"limit": number} for number in options.numbers),
+        *({"limit": 500, name: value} for name, values in sweeps.items() for value in values),
+    ]
+    runs = [{"weights": demo, "short_side": 128, "long_side": 213, **run} for run in runs]
+    runs += [{"limit": 32, "batch_size": batch_size} for batch_size in (1, 2, 4, 8, 16)]
+    runs += [{"limit": number, "batch_size": 8, "extract_type": "all"} for number in (16, 32)]
+    result = {}
     table = Table(title="Scaling", title_justify="left")
     for column in ("run", "images/s", "peak memory, MB"):
         table.add_column(column, justify="left" if column == "run" else "right")
-    for name, number, seconds, memory_mb in rows:
-        table.add_row(name, f"{number / seconds:.2f}", f"{memory_mb:.0f}")
+    with tempfile.TemporaryDirectory() as temporary:
+        many, photographs = Path(temporary) / "many", Path(temporary) / "photographs"
+        make_images(many, max(*options.numbers, 500), [(192, 144), (144, 192), (160, 160)])
+        make_images(photographs, 32)
+        for run in runs:
+            small = "weights" in run
+            seconds, memory = measured(many if small else photographs, **run)
+            shown = {key: value for key, value in run.items() if key not in ("weights", "short_side", "long_side")}
+            name = ", ".join(
+                ["demo model" if small else "DETR-R50", *(f"{key} {value}" for key, value in shown.items())]
+            )
+            result[name] = {"images_per_second": run["limit"] / seconds, "peak_mb": memory}
+            table.add_row(name, f"{run['limit'] / seconds:.2f}", f"{memory:.0f}")
     CONSOLE.print(table)
-    return {name: {"images_per_second": number / seconds, "peak_mb": mb} for name, number, seconds, mb in rows}
+    return result
 
 
 def compiled(options: argparse.Namespace) -> dict[str, Any]:

@@ -102,7 +102,10 @@ def extract(
         )
         if writer and writer.plan(trainer, extractor, datamodule).complete:
             return EmbeddingStore(writer.output_dir)
-        batches = trainer.predict(extractor, datamodule, return_predictions=writer is None)
+        try:
+            batches = trainer.predict(extractor, datamodule, return_predictions=writer is None)
+        except SystemExit as stopped:  # Lightning's answer to Ctrl-C would end the caller's program.
+            raise KeyboardInterrupt from stopped
     if writer:
         if writer.metadata is None:
             raise IncompleteError(f"The run ended before all images were in {writer.output_dir}.")

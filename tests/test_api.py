@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from conftest import Coco, Ran, make_coco
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from detr_lightning import EmbeddingStore, extract
+from detr_lightning import DETRExtractor, EmbeddingStore, extract
 from detr_lightning.data.files import UnreadableImageError
 
 SMALL = {"short_side": 64, "long_side": 128, "num_workers": 0}
@@ -155,6 +156,28 @@ def test_a_second_call_returns_at_once(
         extract(coco_folder.images, coco_folder.annotations, dtype="float16", **settings)
     with pytest.raises(FileExistsError):
         extract(coco_folder.images, coco_folder.annotations, if_exists="error", **settings)
+
+
+def test_ctrl_c_leaves_the_callers_program_alone(
+    coco_folder: Coco, tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: EmbeddingStore
+) -> None:
+    settings = dict(weights=tiny_weights, output_dir=tmp_path / "out", batch_size=1, progress=False, **SMALL)
+    handler = signal.getsignal(signal.SIGINT)
+    predict_step = DETRExtractor.predict_step
+
+    def interrupted(self: DETRExtractor, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        if batch_idx == 3:
+            raise KeyboardInterrupt
+        return predict_step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DETRExtractor, "predict_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            extract(coco_folder.images, coco_folder.annotations, **settings)
+    assert signal.getsignal(signal.SIGINT) is handler
+    store = extract(coco_folder.images, coco_folder.annotations, **settings)
+    assert isinstance(store, EmbeddingStore)
+    assert store.image_ids == written.image_ids
 
 
 def test_another_image_in_memory_is_not_taken_for_the_first(tiny_weights: Path, tmp_path: Path) -> None:

@@ -155,6 +155,19 @@ def test_missed_objects_and_unmatched_detections(
     assert unmatched.image_id.value_counts().to_dict() == {7: 3}
 
 
+def test_by_place_alone_an_object_with_another_name_is_found(
+    store: EmbeddingStore, annotation_file: Path, content: dict[str, Any]
+) -> None:
+    content["annotations"][0]["category_id"] = 18  # It was a person: detected as another category.
+    path = rewrite(annotation_file, annotations=content["annotations"])
+    assert match(store, path).annotated.found.sum() == 11
+    annotated, unmatched = match(store, path, same_category=False)
+    assert annotated.found.all()
+    assert unmatched.empty
+    assert annotated.category_id[0] == 18  # The annotation's, not the model's.
+    assert annotated["query"][0] == match(store, annotation_file, same_category=False).annotated["query"][0]
+
+
 def test_the_likelier_detection_goes_first_and_takes_the_best_overlap(tmp_path: Path) -> None:
     content = annotations_of(1, 2)
     for annotation, x in zip(content["annotations"], (100, 110), strict=True):

@@ -52,6 +52,15 @@ def test_detections_have_the_shape_of_the_image_and_their_labels(store: Embeddin
         assert set(texts(figure)) == labels
 
 
+def test_labels_can_be_larger(store: EmbeddingStore) -> None:
+    sizes = [plots.detections(store, 7, label_scale=scale).axes[0].texts[0].get_fontsize() for scale in (1, 2)]
+    assert sizes[1] == pytest.approx(2 * sizes[0])
+
+
+def test_notebooks_show_a_figure(store: EmbeddingStore) -> None:
+    assert plots.detections(store, 7)._repr_png_().startswith(b"\x89PNG")
+
+
 def test_labels_do_not_cover_each_other(store: EmbeddingStore, tmp_path: Path) -> None:
     figure = plots.detections(store, 7, threshold=0.0)  # All queries: crowded.
     drawn(figure, tmp_path / "a.png")

@@ -83,7 +83,9 @@ def main() -> None:
         store = store_of(DEMO / "images", DEMO / "instances_demo.json", work / "demo")
         table = objects(store, threshold)
         image_ids = [int(image_id) for image_id in table.image_id.value_counts().index[:4]]  # those with most objects
-        pictures = [drawn(plots.detections(store, image_id, threshold=threshold), 480) for image_id in image_ids]
+        pictures = [
+            drawn(plots.detections(store, image_id, threshold=threshold, label_scale=2), 480) for image_id in image_ids
+        ]
         write(row(pictures, 210), folder / "detections.png")
         surest = table[table.image_id == image_ids[0]].nlargest(3, "score")["query"].tolist()
         write(drawn(plots.attention(store, image_ids[0], surest), 900), folder / "attention.png")

@@ -29,6 +29,7 @@ def detections(
     image_id: int,
     image_dir: str | os.PathLike[str] | None = None,
     threshold: float = 0.7,
+    label_scale: float = 1.0,
 ) -> Figure:
     """Draw an image's detections: boxes with category and score.
 
@@ -39,6 +40,7 @@ def detections(
         image_id: The image.
         image_dir: Where the images are now; by default where they were when they were extracted.
         threshold: The lowest score that is drawn.
+        label_scale: Larger than 1 for labels that can be read in a small picture.
 
     Raises:
         FileNotFoundError: The image is not there.
@@ -58,7 +60,7 @@ def detections(
     ordered = table.loc[area.sort_values(ascending=False).index]
     for row in ordered.itertuples():
         _box(axes, row, color_of(row.category_id))
-    _label(axes, ordered, width, height)
+    _label(axes, ordered, width, height, label_scale)
     return figure
 
 
@@ -207,9 +209,9 @@ def _box(axes: Axes, row: Any, color: Any, linewidth: float = 2.0) -> None:
     axes.add_patch(Rectangle(corner, *extent, fill=False, edgecolor=color, linewidth=linewidth))
 
 
-def _label(axes: Axes, table: pd.DataFrame, width: int, height: int) -> None:
+def _label(axes: Axes, table: pd.DataFrame, width: int, height: int, scale: float) -> None:
     """Write each object's category and score at its box, where there is room for it."""
-    line = 0.027 * max(width, height)  # A label's height in pixels of the image.
+    line = 0.027 * scale * max(width, height)  # A label's height in pixels of the image.
     size = 0.68 * line * 72 * WIDTH / width  # The font's, in points.
     placed: list[tuple[float, float, float, float]] = []
     # The best spots go to the small boxes: in a large one there is more room.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 try:
-    from matplotlib import figure
+    from matplotlib.figure import Figure as PlainFigure
 except ImportError as missing:
     raise ImportError("Pictures need matplotlib: pip install 'detr-lightning[analysis]'.") from missing
 
@@ -24,7 +24,7 @@ _HUES = ((0, 0.14, 0.28, 0.42, 0.56, 0.72, 0.86, 1), (0, 0.07, 0.14, 0.33, 0.48,
 # Even steps -> hues: red, orange, yellow, green, teal, blue, purple, red. Even steps of hue itself are mostly green.
 
 
-class Figure(figure.Figure):
+class Figure(PlainFigure):
     """A figure that notebooks show without pyplot, which would keep it alive and may want a display."""
 
     def _repr_png_(self) -> bytes:

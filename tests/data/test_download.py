@@ -26,7 +26,7 @@ class Server:
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 wanted = self.headers.get("Range")
                 server.ranges.append(wanted)
                 if self.path not in server.files:

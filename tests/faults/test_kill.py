@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from disk import extract
-from harness import Job, Zygote, contents, until
+from harness import Job, Zygote, contents, slow, until
 
 from detr_lightning.store import EmbeddingStore
 
@@ -25,9 +25,9 @@ def test_ten_kills_and_a_resume_leave_what_an_undisturbed_run_leaves(job: Job, w
     print(f"seed {seed}")
     chance = random.Random(seed)
     for _ in range(10):
-        run = job.start("--data.num_workers", workers)
-        job.until_files(len(job.files) + chance.randint(0, 3), run)
-        time.sleep(chance.choice((0, 0.02, 0.2)) * chance.random())
+        run = job.start("--data.num_workers", workers, patch=slow())
+        job.until_files(len(job.files) + chance.randint(0, 2), run)
+        time.sleep(chance.choice((0, 0.02, 0.1)) * chance.random())
         assert run.poll() is None, run.err
         run.signal()
         assert run.wait() == -9
@@ -43,7 +43,7 @@ def test_ten_kills_and_a_resume_leave_what_an_undisturbed_run_leaves(job: Job, w
 @pytest.mark.slow
 def test_two_ranks_killed_and_resumed_by_one_and_by_two(job: Job) -> None:
     for number, goal in enumerate((5, 12, 20, 28)):
-        running = job.ranks() if number % 2 == 0 else [job.start()]
+        running = job.ranks(patch=slow()) if number % 2 == 0 else [job.start(patch=slow())]
         job.until_files(goal, running[0])
         for run in reversed(running):
             run.signal()
