@@ -21,6 +21,7 @@ from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.embeddings import DTYPES, dtype_of, nbytes, one_of, split
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.model import MEAN, STD
+from detr_lightning.store.remains import look
 from detr_lightning.store.run import IF_EXISTS, ExtractionRun
 
 VERSIONS = ("lightning", "torch", "torchvision", "pillow")
@@ -73,7 +74,7 @@ class EmbeddingWriter(BasePredictionWriter):
         """
         data.setup("predict")
         if self.if_exists == "resume" and data.annotation_file is None:
-            data.keep_ids(ExtractionRun(self.output_dir, {}, ()).file_ids())
+            data.keep_ids(look(self.output_dir).file_ids)
         self.extraction = self._run(trainer, model, data)
         self.extraction.inspect()
         return self.extraction

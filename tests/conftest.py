@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from coco_factory import Coco, make_coco
-
-
-class Ran(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
+from command import Ran, RunCLI
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +50,7 @@ def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Coco:
 
 
 @pytest.fixture
-def run_cli(
-    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Ran]:
+def run_cli(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCLI:
     """Run the command in this process, with the tiny weights unless others are named."""
     from detr_lightning.cli import main
 

@@ -8,14 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Coco, Ran, make_coco
+from coco_factory import Coco, make_coco
 from lightning.pytorch import Trainer
 from PIL import Image
 
@@ -52,7 +51,7 @@ def assert_close(tensors: Tensors, expected: Tensors) -> None:
 
 
 def test_the_numbers_are_the_commands(
-    coco_folder: Coco, run_cli: Callable[..., Ran], tmp_path: Path, written: EmbeddingStore
+    coco_folder: Coco, run_cli: RunCLI, tmp_path: Path, written: EmbeddingStore
 ) -> None:
     assert run_cli("predict", *coco_folder.data, "--output_dir", tmp_path / "out").code == 0
     assert len(list(written.folder.iterdir())) == 9

@@ -6,14 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Coco, Ran, make_coco
+from coco_factory import Coco, make_coco
+from command import RunCLI
 
-RunCLI = Callable[..., Ran]
 ROOT = Path(__file__).resolve().parents[1]
 
 

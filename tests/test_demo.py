@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ran
+from command import RunCLI
 
 from detr_lightning.store.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
-RunCLI = Callable[..., Ran]
 # Well below what assets/demo/README.md states, and far above what any mistake in pixels, labels or boxes leaves.
 LEAST_AP50 = 0.6
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Coco, Ran, make_coco
+from coco_factory import Coco, make_coco
+from command import RunCLI
 
 from detr_lightning.embeddings import EXTRACT_TYPES, KEYS, nbytes, shape_of
 from detr_lightning.model import Architecture
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-RunCLI = Callable[..., Ran]
 
 
 def read(folder: Path) -> dict[int, dict[str, torch.Tensor]]:

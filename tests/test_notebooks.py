@@ -1,8 +1,9 @@
-"""The notebooks are committed without outputs and run from the first cell to the last."""
+"""The notebooks are committed without outputs and run from the first cell to the last; the README's pictures."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools import readme_pictures  # noqa: E402
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHARED = ROOT.parent / "shared"
 
@@ -76,3 +81,14 @@ def test_runs_on_coco_from_another_folder(tmp_path: Path) -> None:
     }
     execute(NOTEBOOKS[0], tmp_path, DATA=data, THRESHOLD=0.0)
     assert len(list((tmp_path / "out").iterdir())) == 5
+
+
+def test_the_pictures_of_the_readme_are_small_and_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["readme_pictures.py", "--folder", str(tmp_path)])
+    readme_pictures.main()
+    names = {"attention.png", "detections.png", "neighbours.png"}
+    for folder in (tmp_path, ROOT / "assets/readme"):
+        assert {path.name for path in folder.iterdir()} == names
+        assert all(path.stat().st_size < 150_000 for path in folder.iterdir())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
@@ -20,42 +18,19 @@ from detr_lightning.store.layout import (
     file_name,
     fsync_folder,
     is_whole,
-    read_metadata,
     replacing,
     save_tensors,
     write_json,
 )
-from detr_lightning.store.state import Held, Journal, await_done, hold, is_held, read_journal
+from detr_lightning.store.remains import Entry, Remains, identity, look, read_entries, stamp, token_of
+from detr_lightning.store.state import Held, Journal, await_done, hold, is_held
 
 IF_EXISTS = ("resume", "overwrite", "error")
 """What `writer.if_exists` may be."""
 
-Entry = dict[str, Any]
-"""What the metadata says about one image."""
-
-FINISHED = {"id", "file_name", "width", "height", "input_size", "feature_size", "bytes"}
-SKIPPED = {"id", "file_name", "reason"}
-"""What an entry tells of a finished and of a skipped image; one that lacks any is as good as none."""
-
 
 class IncompleteError(RuntimeError):
     """A run went to its end without all of its images."""
-
-
-def identity(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what two runs must share for their files to belong in one folder, under the names users know."""
-    model = header["model"]
-    settings = {
-        "weights (sha256)": model["sha256"],
-        "architecture": model["architecture"],
-        "keys": header["embedding_keys"],
-        "writer.dtype": header["dtype"],
-        **{f"data.{name}": value for name, value in header["preprocessing"].items()},
-        "data.batching": header["batching"],
-        "trainer.precision": header["precision"],
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(settings))
-    return plain
 
 
 class ExtractionRun:
@@ -85,12 +60,9 @@ class ExtractionRun:
         self.failures = {entry["id"]: entry for entry in failures}
         self.if_exists = if_exists
         self.token: str | None = None
-        self._seen: tuple[Any, ...] = ()
         self.finished: dict[int, Entry] = {}
-        self.failed_before: dict[int, Entry] = {}
         self.complete = False
-        self._recorded: set[int] = set()
-        self._void = False
+        self._remains = Remains()
         self._lock: Held | None = None
         self._journal: Journal | None = None
 
@@ -98,13 +70,6 @@ class ExtractionRun:
     def pending(self) -> list[Entry]:
         """The planned images that are not finished."""
         return [entry for image_id, entry in self.images.items() if image_id not in self.finished]
-
-    def file_ids(self) -> dict[str, int]:
-        """Return the ids that earlier runs into this folder gave to files, by file name."""
-        if not self.folder.is_dir():
-            return {}
-        _, entries = self._read()
-        return {entry["file_name"]: image_id for image_id, entry in (entries | self.failed_before).items()}
 
     def inspect(self) -> None:
         """Find out what is finished, and change nothing.
@@ -117,30 +82,28 @@ class ExtractionRun:
         folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"output_dir {folder} is a file. Choose a folder, or remove the file.")
-        self.finished, self.failed_before, self.complete, self.token, self._recorded = {}, {}, False, None, set()
-        self._seen = self._stamp()
-        if not folder.exists():
-            return
-        if self.if_exists == "error" and any(folder.iterdir()):
+        self.finished, self.complete = {}, False
+        if self.if_exists == "error" and folder.exists() and any(folder.iterdir()):
             raise FileExistsError(
                 f"output_dir {folder} is not empty, and writer.if_exists is 'error'. Choose another folder, "
                 "or writer.if_exists=resume to go on or overwrite to start again."
             )
-        before, entries = self._read()
+        remains = self._remains = look(folder)
         if self.if_exists == "overwrite":
-            self.failed_before = {}
-        if before is None or self.if_exists == "overwrite":
             return
         self.finished = {
             image_id: entry
-            for image_id, entry in entries.items()
+            for image_id, entry in remains.finished.items()
             if is_whole(folder / file_name(image_id), entry["bytes"])
         }
         if self.finished:
-            self._refuse_other_settings(before)
+            self._refuse_other_settings(remains.header)
             self._refuse_other_images()
         self.complete = (
-            not (folder / STATE).exists() and not self.pending and self.failures.keys() <= self.failed_before.keys()
+            (folder / METADATA).exists()
+            and not (folder / STATE).exists()
+            and not self.pending
+            and self.failures.keys() <= remains.failed.keys()
         )
 
     def begin(self) -> None:
@@ -153,21 +116,22 @@ class ExtractionRun:
         state = self.folder / STATE
         state.mkdir(parents=True, exist_ok=True)
         self._lock = hold(state / "lock", list(state.glob("rank-*.jsonl")))
-        if self._stamp() != self._seen:
+        if stamp(self.folder) != self._remains.stamp:
             self.inspect()  # Another run has begun, and ended, since.
         for leftover in (*self.folder.glob(TEMPORARY), *state.glob(TEMPORARY)):
             leftover.unlink(missing_ok=True)
-        if self.if_exists == "overwrite" or self._void:
+        if self.if_exists == "overwrite" or self._remains.void:
             self._forget()
         with replacing(state / "done.jsonl") as file:
-            failed = (entry for image_id, entry in self.failed_before.items() if image_id not in self.images)
-            for entry in (*failed, *self.finished.values()):  # What is planned now is tried again.
+            # What is planned now is tried again.
+            failed = {i: entry for i, entry in self._remains.failed.items() if i not in self.images}
+            for entry in (*failed.values(), *self.finished.values()):
                 file.write(json.dumps(entry).encode() + b"\n")
         for journal in state.glob("rank-*.jsonl"):
             journal.unlink()
         self.token = uuid.uuid4().hex
-        self._recorded |= self.images.keys()
-        write_json(state / "run.json", {**self.header, "token": self.token, "planned": sorted(self._recorded)})
+        self._remains.recorded |= self.images.keys()
+        write_json(state / "run.json", {**self.header, "token": self.token, "planned": sorted(self._remains.recorded)})
         (self.folder / METADATA).unlink(missing_ok=True)
 
     def join(self, rank: int) -> None:
@@ -176,7 +140,7 @@ class ExtractionRun:
 
     def shares_folder(self, token: str) -> bool:
         """Return whether this rank sees the run that rank 0 began: whether both write to one folder."""
-        return self._token_now() == token
+        return token_of(self.folder) == token
 
     def unseen(self, world_size: int) -> list[str | None]:
         """Return for each rank, all having joined, None or why this process would not see that it is alive."""
@@ -220,7 +184,7 @@ class ExtractionRun:
         """
         state = self.folder / STATE
         await_done([state / f"rank-{rank}.jsonl" for rank in range(world_size)])
-        entries, failed = self._read_entries()
+        entries, failed = read_entries(self.folder)
         failed |= self.failures
         whole = {
             image_id: entry
@@ -234,7 +198,7 @@ class ExtractionRun:
                 f"{len(missing)} of {len(self.images)} images have no whole file in {self.folder}: {some}. "
                 "What is finished is kept: run the same command again to go on."
             )
-        for image_id in self._recorded - whole.keys():  # Files that a killed process wrote but did not record.
+        for image_id in self._remains.recorded - whole.keys():  # Files that a killed process wrote but did not record.
             (self.folder / file_name(image_id)).unlink(missing_ok=True)
         metadata = self._metadata(whole, [failed[image_id] for image_id in sorted(failed.keys() - whole.keys())])
         fsync_folder(self.folder)
@@ -259,53 +223,6 @@ class ExtractionRun:
     def _write(self, entry: Entry) -> None:
         assert self._journal is not None, "join comes first"
         self._journal.add(entry)
-
-    def _read(self) -> tuple[dict[str, Any] | None, dict[int, Entry]]:
-        """Return the header and the entries that an earlier run left, finished or not."""
-        path = self.folder / STATE / "run.json"
-        run = _read_state(path) if path.exists() else None
-        self._void = run is not None and "void" in run
-        before: dict[str, Any] = {}
-        if (self.folder / METADATA).exists() and not self._void:
-            before = read_metadata(self.folder, unfinished=True)
-        if run is not None:
-            before |= run
-            self.token = run["token"]
-        if not before:
-            return None, {}
-        entries, self.failed_before = self._read_entries(before)
-        self._recorded = entries.keys() | set(before.get("planned", ()))
-        return before, entries
-
-    def _read_entries(self, metadata: Mapping[str, Any] | None = None) -> tuple[dict[int, Entry], dict[int, Entry]]:
-        """Return, by id, the finished images and the skipped ones: of metadata where given, and of the journals."""
-        metadata = metadata or {}
-        journals = sorted((self.folder / STATE).glob("*.jsonl"))  # done.jsonl first
-        listed = (*metadata.get("images", ()), *metadata.get("failed", ()))
-        entries, failed = {}, {}
-        for entry in itertools.chain(listed, *map(read_journal, journals)):
-            if not isinstance(entry, dict):
-                continue
-            if entry.keys() >= FINISHED:
-                entries[entry["id"]] = entry
-            elif entry.keys() >= SKIPPED:
-                failed[entry["id"]] = entry
-        return entries, {image_id: entry for image_id, entry in failed.items() if image_id not in entries}
-
-    def _token_now(self) -> str | None:
-        try:
-            token: str = _read_state(self.folder / STATE / "run.json")["token"]
-        except FileNotFoundError:
-            return None
-        return token
-
-    def _stamp(self) -> tuple[Any, ...]:
-        """Return what tells whether another run has changed the folder."""
-        try:
-            metadata = os.stat(self.folder / METADATA)
-        except FileNotFoundError:
-            return self._token_now(), None
-        return self._token_now(), metadata.st_ino, metadata.st_mtime_ns
 
     def _refuse_other_settings(self, before: Mapping[str, Any]) -> None:
         try:
@@ -335,25 +252,14 @@ class ExtractionRun:
 
     def _forget(self) -> None:
         """Remove what earlier runs wrote, and nothing else. If this is cut short, the next run goes on with it."""
+        self._remains.failed = {}
         for journal in (self.folder / STATE).glob("*.jsonl"):
             journal.unlink()
-        void = {"token": uuid.uuid4().hex, "planned": sorted(self._recorded), "void": True}
+        void = {"token": uuid.uuid4().hex, "planned": sorted(self._remains.recorded), "void": True}
         write_json(self.folder / STATE / "run.json", void)
         (self.folder / METADATA).unlink(missing_ok=True)
-        for image_id in self._recorded:
+        for image_id in self._remains.recorded:
             (self.folder / file_name(image_id)).unlink(missing_ok=True)
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """Return what a run wrote down when it began."""
-    try:
-        state: dict[str, Any] = json.loads(path.read_bytes())
-        return state | {"token": str(state["token"])}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}). "
-            f"Remove {path.parent} and run the same command again: what it cannot vouch for is extracted anew."
-        ) from error
 
 
 def free_bytes(folder: Path) -> int:
