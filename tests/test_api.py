@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from coco_factory import Coco, make_coco
+from command import RunCLI
 from lightning.pytorch import Trainer
 from PIL import Image
 
