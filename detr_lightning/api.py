@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from detr_lightning.data.batching import Size
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.data.files import UnreadableImageError, open_image
 from detr_lightning.data.images import Failure, ImageRecord
+from detr_lightning.data.loading import Reader
 from detr_lightning.data.transforms import read_pixels, rgb, to_pixels
 from detr_lightning.embeddings import dtype_of, split
 from detr_lightning.extractor import DETRExtractor
@@ -173,7 +174,7 @@ class ImageList(COCODataModule):
                 failures.append((record, f"cannot be decoded ({error})"))
         return records, failures
 
-    def reader(self) -> Callable[[ImageRecord, Size], Tensor]:
+    def reader(self) -> Reader:
         """Return what reads an image at a size."""
         return partial(_read, self.sources, self.hparams["image_backend"], self.hparams["max_image_pixels"])
 

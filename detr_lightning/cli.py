@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import os
-import re
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
-
-# Read when jsonargparse is first imported: LightningCLI itself uses what jsonargparse deprecates.
-os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -27,16 +18,12 @@ from rich.table import Table
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.embeddings import dtype_of, shape_of
 from detr_lightning.extractor import DETRExtractor
+from detr_lightning.parser import LINKS, CommandError, CommandParser, check_config
+from detr_lightning.processes import end_with_parent, sigterm_as_interrupt
 from detr_lightning.progress import ImageProgress, calm
 from detr_lightning.store.run import IncompleteError, free_bytes
 from detr_lightning.store.state import BusyError
 from detr_lightning.writer import EmbeddingWriter
-
-LINKS = {"extract_type": "model.extract_type", "output_dir": "writer.output_dir"}
-"""Top-level keys, and the settings they stand for."""
-
-LAUNCHER = "DETR_LIGHTNING_LAUNCHER"
-"""The environment variable that holds the process which launched the other ranks of its node."""
 
 INTERRUPTED = "Interrupted. What is finished is kept: run the same command again to go on."
 LOST = {
@@ -47,36 +34,6 @@ LOST = {
     "Connection closed by peer": "Another rank ended: see its message ({}).",
 }
 """Errors of processes that were lost, by what torch says of them, and what to tell the user."""
-
-
-class CommandError(ValueError):
-    """A command line or configuration that cannot be run."""
-
-
-class CommandParser(LightningArgumentParser):
-    """A parser that says what is wrong in a line or two."""
-
-    names: ClassVar[set[str]] = set()
-    """All settings of all subcommands."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what was wrong, with the nearest name that would be right.
-
-        Raises:
-            CommandError: Always.
-        """
-        text = " ".join(str(ex or message).split())
-        for target in LINKS.values():
-            if target in text:
-                raise CommandError(_linked(target))
-        unknown = re.search(r"(?:unrecognized arguments: --|option '|[Kk]ey ')([\w.]+)", text)
-        if unknown:
-            near = difflib.get_close_matches(unknown[1], self.names, n=1)
-            text += f". Did you mean {near[0]!r}?" if near else ""
-        raise CommandError(text)
 
 
 class DETRCLI(LightningCLI):
@@ -135,7 +92,7 @@ class DETRCLI(LightningCLI):
         for flag, word in zip(words, [*words[1:], ""], strict=False):
             name, _, value = flag.partition("=")
             if name in ("-c", "--config"):
-                _check_config(Path(value or word))
+                check_config(Path(value or word))
         super().parse_arguments(parser, args)
 
     @property
@@ -273,9 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 1 for an error, which is printed as one message.
     """
-    _end_with_parent()
+    end_with_parent()
     try:
-        with calm(), _sigterm_as_interrupt():
+        with calm(), sigterm_as_interrupt():
             DETRCLI(argv)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, 130)
@@ -293,19 +250,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """End as orderly on SIGTERM as on Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _fail(message: str, code: int) -> int:
     rank = _rank()
     where = f" (rank {rank})" if rank else ""
@@ -320,43 +264,3 @@ def _rank() -> int:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" + "s" * (number != 1)
-
-
-def _check_config(path: Path) -> None:
-    import yaml
-
-    if not path.is_file():
-        raise CommandError(f"--config names {path}, which is no file.")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CommandError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise CommandError(f"{path} holds no settings. Expected keys such as 'data:' or 'output_dir:'.")
-    for target in LINKS.values():
-        group, key = target.split(".")
-        if isinstance(settings.get(group), dict) and key in settings[group]:
-            raise CommandError(f"{path}: {_linked(target)}")
-
-
-def _linked(target: str) -> str:
-    source = next(source for source, linked in LINKS.items() if linked == target)
-    return f"{target} is set by its top-level key: use {source} (--{source}) instead."
-
-
-def _end_with_parent() -> None:
-    """End a rank within seconds of the process that launched it: nobody else would."""
-    by_torchrun, by_rank_0 = "TORCHELASTIC_RUN_ID" in os.environ, int(os.environ.get("LOCAL_RANK", "0")) > 0
-    parent = os.getppid()
-    if by_rank_0 and not by_torchrun:
-        parent = int(os.environ.get(LAUNCHER, parent))  # It may have died while this process imported.
-    os.environ[LAUNCHER] = str(os.getpid())
-    if not (by_torchrun or by_rank_0) or any(thread.name == "parent-watch" for thread in threading.enumerate()):
-        return
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -142,3 +142,52 @@ def _crop(key: str, tensor: torch.Tensor, padded: tuple[int, int], size: tuple[i
     if key == "cross_attention":  # [L, Q, H*W]
         return tensor.view(*tensor.shape[:2], *padded)[:, :, :height, :width].flatten(2, 3)
     return tensor
+
+
+class HostBatch:
+    """A batch on its way to the CPU, one copy for each key, while the GPU goes on.
+
+    Args:
+        prediction: What `predict_step` returned.
+
+    Attributes:
+        tensors: The same on the CPU. What came from a GPU may be read after `wait`.
+    """
+
+    def __init__(self, prediction: Mapping[str, Any]) -> None:
+        on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in prediction.values())
+        # torch copies to pinned memory when asked not to block.
+        self.tensors = {
+            key: value.detach().to("cpu", non_blocking=on_gpu) if isinstance(value, torch.Tensor) else value
+            for key, value in prediction.items()
+        }
+        self._arrived: torch.cuda.Event | None = None
+        if on_gpu:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> None:
+        """Return when everything has arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
+
+def to_stored(key: str, image_id: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor as it is stored: contiguous, alone in its storage, in its dtype.
+
+    Raises:
+        ValueError: A value is not finite, or too large for the dtype; the message names the image and the key.
+    """
+    stored = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
+    if not torch.isfinite(stored).all():
+        if torch.isfinite(tensor).all():
+            largest = tensor.abs().max().item()
+            raise ValueError(
+                f"image {image_id}: {key} reaches {largest:.6g}, more than {dtype} can hold. "
+                "Store it with writer.dtype=float32."
+            )
+        raise ValueError(
+            f"image {image_id}: {key} has values that are not finite. "
+            "Check the weights, or compute in a wider precision (trainer.precision)."
+        )
+    return stored

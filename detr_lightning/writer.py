@@ -18,7 +18,7 @@ from torch import Tensor
 
 from detr_lightning import __version__
 from detr_lightning.data.datamodule import COCODataModule
-from detr_lightning.embeddings import DTYPES, dtype_of, nbytes, one_of, split
+from detr_lightning.embeddings import DTYPES, HostBatch, dtype_of, nbytes, one_of, split, to_stored
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.model import MEAN, STD
 from detr_lightning.store.remains import look
@@ -209,11 +209,11 @@ class EmbeddingWriter(BasePredictionWriter):
         assert pool is not None
         for image_id, reason in batch["failed"]:
             run.fail(image_id, reason)
-        arrived = _ToHost(prediction)
+        arrived = HostBatch(prediction)
         for image_id, feature_size, tensors in zip(
-            prediction["image_id"], prediction["feature_size"], split(arrived.batch), strict=True
+            prediction["image_id"], prediction["feature_size"], split(arrived.tensors), strict=True
         ):
-            self._writing.add(pool.submit(self._write, image_id, feature_size, tensors[1], arrived.event))
+            self._writing.add(pool.submit(self._write, image_id, feature_size, tensors[1], arrived))
         self._collect(QUEUED_IMAGES)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,12 +261,11 @@ class EmbeddingWriter(BasePredictionWriter):
             done, self._writing = wait(self._writing, return_when=FIRST_COMPLETED)
 
     def _write(
-        self, image_id: int, feature_size: tuple[int, int], tensors: dict[str, Tensor], event: torch.cuda.Event | None
+        self, image_id: int, feature_size: tuple[int, int], tensors: dict[str, Tensor], arrived: HostBatch
     ) -> None:
-        if event is not None:
-            event.synchronize()
+        arrived.wait()
         assert self.extraction is not None
-        stored = {key: _stored(key, image_id, tensor, dtype_of(key, self.dtype)) for key, tensor in tensors.items()}
+        stored = {key: to_stored(key, image_id, tensor, dtype_of(key, self.dtype)) for key, tensor in tensors.items()}
         size = self.extraction.save(image_id, stored, feature_size)
         with self._count:
             self.images_written += 1
@@ -312,36 +311,3 @@ def _gathered(trainer: Trainer, value: Any) -> list[Any]:
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(values, value)
     return values
-
-
-class _ToHost:
-    """A batch on its way to the CPU: one copy for each key, and the event after which it has arrived."""
-
-    def __init__(self, prediction: dict[str, Any]) -> None:
-        on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in prediction.values())
-        # torch copies to pinned memory when asked not to block.
-        self.batch = {
-            key: value.detach().to("cpu", non_blocking=on_gpu) if isinstance(value, Tensor) else value
-            for key, value in prediction.items()
-        }
-        self.event: torch.cuda.Event | None = None
-        if on_gpu:
-            self.event = torch.cuda.Event()
-            self.event.record()
-
-
-def _stored(key: str, image_id: int, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor as it is stored: contiguous, alone in its storage, in its dtype."""
-    stored = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
-    if not torch.isfinite(stored).all():
-        if torch.isfinite(tensor).all():
-            largest = tensor.abs().max().item()
-            raise ValueError(
-                f"image {image_id}: {key} reaches {largest:.6g}, more than {dtype} can hold. "
-                "Store it with writer.dtype=float32."
-            )
-        raise ValueError(
-            f"image {image_id}: {key} has values that are not finite. "
-            "Check the weights, or compute in a wider precision (trainer.precision)."
-        )
-    return stored

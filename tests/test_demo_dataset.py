@@ -147,10 +147,33 @@ def test_mirroring_moves_the_boxes_with_the_pixels():
     assert len(labels) == 16
 
 
+def test_a_crop_shows_its_object():
+    examples = [train_demo.example(seed=4, number=number) for number in range(1, 7)]
+    pixels, labels = train_demo.crops(examples, 32, torch.Generator().manual_seed(0))
+    assert pixels.shape == (sum(len(some) for _, some, _ in examples), 3, 32, 32)
+    assert labels.tolist() == [label for _, some, _ in examples for label in some]
+
+    marked = np.zeros((3, 60, 90), dtype=np.uint8)
+    marked[:, 40:60, 60:90] = 255  # in the corner, where a loose crop would leave the picture
+    box = np.array([[75 / 90, 50 / 60, 30 / 90, 20 / 60]], dtype=np.float32)
+    pixels, _ = train_demo.crops([(marked, np.array([1]), box)] * 8, 32, torch.Generator().manual_seed(0))
+    side = 32 * np.sqrt((pixels[:, 0] > 127).sum((1, 2)) / (32 * 32))
+    assert ((side > 10) & (side < 29)).all()
+
+
+def test_places_start_from_boxes_around_themselves():
+    heads = train_demo.PlaceHeads()
+    torch.nn.init.zeros_(heads.boxes.weight)
+    torch.nn.init.zeros_(heads.boxes.bias)
+    logits, boxes = heads(torch.zeros(2, 6, train_demo.ARCHITECTURE.hidden_dim), height=2, width=3)
+    assert logits.shape == (2, 1, 6, train_demo.ARCHITECTURE.num_logits)
+    assert boxes[1, 0, 4].tolist() == pytest.approx([0.5, 0.75, 0.3, 0.3])  # second row, second column
+
+
 def test_training_steps_leave_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(train_demo, "draw_examples", lambda n, seed: [train_demo.example(seed, i) for i in range(n)])
     path = tmp_path / "tiny.pth"
-    train_demo.train(path, images=16, steps=3, decay=2, batch_size=4, learning_rate=3e-4, seed=0)
+    train_demo.train(path, images=16, pretraining=2, steps=3, decay=2, batch_size=4, learning_rate=3e-4, seed=0)
     state = torch.load(path, weights_only=True)["model"]
     assert all(value.isfinite().all() for value in state.values())
     assert not (state["backbone.0.body.bn1.running_mean"] == 0).all()

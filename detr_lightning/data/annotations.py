@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import posixpath
 import re
 import reprlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,31 @@ def parse_annotations(source: Path) -> tuple[list[Entry], dict[int, str]]:
                 "Each image needs its own id."
             )
     return list(entries.values()), _categories(document, source)
+
+
+def ground_truth(annotation_file: str, image_ids: Collection[int]) -> Any:
+    """Return the annotations of a COCO file as a `pycocotools.coco.COCO`.
+
+    Raises:
+        ValueError: There is none for these images, or one is not COCO's.
+    """
+    from pycocotools.coco import COCO
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            content = COCO(annotation_file)
+        annotated = {annotation["image_id"] for annotation in content.anns.values() if len(annotation["bbox"]) == 4}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{annotation_file} has annotations that are not COCO's ({type(error).__name__}: {error}). "
+            "Each needs id, image_id, category_id, bbox and area."
+        ) from error
+    if annotated.isdisjoint(image_ids):
+        raise ValueError(
+            f"{annotation_file} has no annotation for any of the {len(image_ids)} images, "
+            "so there is nothing to compare with."
+        )
+    return content
 
 
 def _load_json(source: Path) -> dict[str, Any]:

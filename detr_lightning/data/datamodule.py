@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import signal
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
-from detr_lightning.data.batching import BATCHINGS, Size, collate, plan_batches
-from detr_lightning.data.files import UnreadableImageError, image_folder, locate
+from detr_lightning.data.annotations import ground_truth
+from detr_lightning.data.batching import BATCHINGS, plan_batches
+from detr_lightning.data.files import UnreadableImageError, image_folder
 from detr_lightning.data.images import Failure, ImageRecord, read_coco, read_folder, select
-from detr_lightning.data.transforms import BACKENDS, read_pixels, resized_size
+from detr_lightning.data.loading import ImageBatches, Reader, leave_signals_to_parent, read_file, unwrap
+from detr_lightning.data.transforms import BACKENDS, resized_size
 from detr_lightning.embeddings import one_of
-
-Batch = list[ImageRecord]
 
 
 class COCODataModule(LightningDataModule):
@@ -148,10 +143,10 @@ class COCODataModule(LightningDataModule):
         records, self.categories = read_coco(self.image_dir, self.annotation_file, failures, max_pixels)
         return records, failures
 
-    def reader(self) -> Callable[[ImageRecord, Size], Tensor]:
+    def reader(self) -> Reader:
         """Return what reads an image at a size: uint8 `[3, height, width]`. It travels to the data workers."""
         image_folder(self.image_dir)
-        return partial(_read_file, self.image_dir, self.hparams["image_backend"], self.hparams["max_image_pixels"])
+        return partial(read_file, self.image_dir, self.hparams["image_backend"], self.hparams["max_image_pixels"])
 
     def keep_ids(self, known: Mapping[str, int]) -> None:
         """Let the files of a folder without annotations keep the ids that an earlier run gave them.
@@ -178,27 +173,9 @@ class COCODataModule(LightningDataModule):
         Raises:
             ValueError: There is no annotation for the images, or one of them is not COCO's.
         """
-        from pycocotools.coco import COCO
-
         if self.annotation_file is None:
             raise ValueError("data.annotation_file is not set: validation needs COCO annotations to compare with.")
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                ground_truth = COCO(self.annotation_file)
-            annotated = {
-                annotation["image_id"] for annotation in ground_truth.anns.values() if len(annotation["bbox"]) == 4
-            }
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self.annotation_file} has annotations that are not COCO's ({type(error).__name__}: {error}). "
-                "Each needs id, image_id, category_id, bbox and area."
-            ) from error
-        if not any(record.image_id in annotated for record in self.records):
-            raise ValueError(
-                f"{self.annotation_file} has no annotation for any of the {len(self.records)} images, "
-                "so there is nothing to compare with."
-            )
-        return ground_truth
+        return ground_truth(self.annotation_file, {record.image_id for record in self.records})
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Stop at an unreadable image, unless it is to be skipped: here, since an error in a worker arrives garbled.
@@ -234,61 +211,16 @@ class COCODataModule(LightningDataModule):
         )
         workers = self.num_workers(trainer.num_devices if trainer else 1)
         # Without a batch Lightning would skip the hooks in which ranks meet: an empty one keeps them.
-        dataset = ImageBatches(self, batches or [[]])
+        padded = self.hparams["batching"] == "padded"
+        dataset = ImageBatches(batches or [[]], self.reader(), self.resize, padded)
         return DataLoader(
             dataset,
             # The batches are this rank's already. Lightning leaves a DistributedSampler alone, and would replace any
             # other by one that shares out the shares again.
             sampler=DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=False),
             batch_size=1,
-            collate_fn=_unwrap,
+            collate_fn=unwrap,
             num_workers=workers,
-            worker_init_fn=_leave_signals_to_parent,
+            worker_init_fn=leave_signals_to_parent,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )
-
-
-class ImageBatches(Dataset[dict[str, Any]]):
-    """One rank's batches: an item is a whole batch, read from disk.
-
-    Attributes:
-        num_images: The images in all batches.
-    """
-
-    def __init__(self, data: COCODataModule, batches: Sequence[Batch]) -> None:
-        self.num_images = sum(map(len, batches))
-        self._batches = batches
-        self._read = data.reader()
-        self._resize = data.resize
-        self._padded = data.hparams["batching"] == "padded"
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        items, failed = [], []
-        for record in self._batches[index]:
-            size = self._resize(record.size)
-            try:
-                items.append((record, self._read(record, size), size))
-            except UnreadableImageError as error:
-                failed.append((record.image_id, error.reason))
-            except FileNotFoundError:
-                failed.append((record.image_id, "no such file"))
-        return collate(items, self._padded, failed)
-
-
-def _read_file(image_dir: str, backend: str, max_pixels: int | None, record: ImageRecord, size: Size) -> Tensor:
-    return read_pixels(locate(image_dir, record), record, size, backend, max_pixels)
-
-
-def _leave_signals_to_parent(_worker: int) -> None:
-    """Let what is sent to a whole group, as Ctrl-C is, be answered in one place: workers end when their parent does."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    # Of the thread that hands pixels over, once the parent is gone. A worker's own errors travel to the parent.
-    sys.excepthook = lambda *_error: None
-
-
-def _unwrap(items: list[dict[str, Any]]) -> dict[str, Any]:
-    return items[0]

@@ -1,0 +1,73 @@
+"""What the command accepts, and how it says what it does not."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+# Read when jsonargparse is first imported: LightningCLI itself uses what jsonargparse deprecates.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+LINKS = {"extract_type": "model.extract_type", "output_dir": "writer.output_dir"}
+"""Top-level keys, and the settings they stand for."""
+
+
+class CommandError(ValueError):
+    """A command line or configuration that cannot be run."""
+
+
+class CommandParser(LightningArgumentParser):
+    """A parser that says what is wrong in a line or two."""
+
+    names: ClassVar[set[str]] = set()
+    """All settings of all subcommands."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what was wrong, with the nearest name that would be right.
+
+        Raises:
+            CommandError: Always.
+        """
+        text = " ".join(str(ex or message).split())
+        for target in LINKS.values():
+            if target in text:
+                raise CommandError(_linked(target))
+        unknown = re.search(r"(?:unrecognized arguments: --|option '|[Kk]ey ')([\w.]+)", text)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self.names, n=1)
+            text += f". Did you mean {near[0]!r}?" if near else ""
+        raise CommandError(text)
+
+
+def check_config(path: Path) -> None:
+    """Refuse a file that is not YAML with settings, or sets one that a top-level key would overwrite in silence.
+
+    Raises:
+        CommandError: The file, and what is wrong with it.
+    """
+    if not path.is_file():
+        raise CommandError(f"--config names {path}, which is no file.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CommandError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise CommandError(f"{path} holds no settings. Expected keys such as 'data:' or 'output_dir:'.")
+    for target in LINKS.values():
+        group, key = target.split(".")
+        if isinstance(settings.get(group), dict) and key in settings[group]:
+            raise CommandError(f"{path}: {_linked(target)}")
+
+
+def _linked(target: str) -> str:
+    source = next(source for source, linked in LINKS.items() if linked == target)
+    return f"{target} is set by its top-level key: use {source} (--{source}) instead."
