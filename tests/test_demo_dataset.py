@@ -157,7 +157,7 @@ def test_a_crop_shows_its_object():
     marked[:, 40:60, 60:90] = 255  # in the corner, where a loose crop would leave the picture
     box = np.array([[75 / 90, 50 / 60, 30 / 90, 20 / 60]], dtype=np.float32)
     pixels, _ = train_demo.crops([(marked, np.array([1]), box)] * 8, 32, torch.Generator().manual_seed(0))
-    side = 32 * np.sqrt((pixels[:, 0] > 127).sum((1, 2)) / (32 * 32))
+    side = (pixels[:, 0] > 127).sum((1, 2)).sqrt()
     assert ((side > 10) & (side < 29)).all()
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -64,6 +65,13 @@ def row(pictures: Sequence[Image.Image], height: int) -> Image.Image:
     return line
 
 
+def smooth(store: EmbeddingStore, table: pd.DataFrame, number: int) -> list[int]:
+    """Choose images with four objects or more and little noise, whose JPEGs are small, and so will be the pictures."""
+    counts = table.image_id.value_counts()
+    pixels = {i: store.image(i)["width"] * store.image(i)["height"] for i in map(int, counts.index[counts >= 4])}
+    return sorted(pixels, key=lambda image_id: store.image_path(image_id).stat().st_size / pixels[image_id])[:number]
+
+
 def write(picture: Image.Image, path: Path) -> None:
     """Write a small PNG: 255 colours are enough for these pictures."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,13 +90,14 @@ def main() -> None:
         work = Path(temporary)
         store = store_of(DEMO / "images", DEMO / "instances_demo.json", work / "demo")
         table = objects(store, threshold)
-        image_ids = [int(image_id) for image_id in table.image_id.value_counts().index[:4]]  # those with most objects
+        image_ids = smooth(store, table, 4)
         pictures = [
             drawn(plots.detections(store, image_id, threshold=threshold, label_scale=2), 480) for image_id in image_ids
         ]
-        write(row(pictures, 210), folder / "detections.png")
-        surest = table[table.image_id == image_ids[0]].nlargest(3, "score")["query"].tolist()
-        write(drawn(plots.attention(store, image_ids[0], surest), 900), folder / "attention.png")
+        write(row(pictures, 240), folder / "detections.png")
+        one = table[table.image_id == image_ids[0]].sort_values("score", ascending=False)
+        surest = one.drop_duplicates("category")["query"].tolist()[:3]
+        write(drawn(plots.attention(store, image_ids[0], surest), 1000), folder / "attention.png")
 
         drawn_more = write_dataset(work, images=150, seed=7)
         store = store_of(work / "images", drawn_more, work / "more")
@@ -96,7 +105,7 @@ def main() -> None:
         random = np.random.default_rng(0)
         categories = table.category.value_counts().index[:4]
         starts = [int(random.choice(np.flatnonzero(table.category == category))) for category in categories]
-        write(drawn(plots.neighbours(store, table, starts, k=7), 900), folder / "neighbours.png")
+        write(drawn(plots.neighbours(store, table, starts, k=8), 1000), folder / "neighbours.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train the small DETR of assets/demo from scratch, on a CPU, on pictures from tools/demo_dataset.py.
 
-    python tools/train_demo.py assets/demo/detr_demo.pth --steps 12000
+    python tools/train_demo.py assets/demo/detr_demo.pth
 
 Every 500 steps the file is written anew with the moving average of the weights, in half precision and in the layout
 of the official checkpoints, so a run that is stopped early leaves a usable one. On SIGUSR1 the learning rate begins its
@@ -274,8 +274,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the small DETR of assets/demo.")
     parser.add_argument("checkpoint", type=Path, help="the file to write")
     parser.add_argument("--images", type=int, default=16000, help="pictures in the training set")
-    parser.add_argument("--pretraining", type=int, default=800, help="steps of teaching the backbone alone")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--pretraining", type=int, default=300, help="steps of teaching the backbone alone")
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--decay", type=int, default=1500, help="steps of the learning rate's final fall")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
