@@ -11,6 +11,9 @@ import torch
 from coco_factory import Coco, make_coco
 from command import Ran, RunCLI
 
+# Models this small are faster on one thread; and with several, MKL may use fewer on a busy machine, and round otherwise.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -95,9 +95,11 @@ def main() -> None:
             drawn(plots.detections(store, image_id, threshold=threshold, label_scale=2), 480) for image_id in image_ids
         ]
         write(row(pictures, 240), folder / "detections.png")
-        one = table[table.image_id == image_ids[0]].sort_values("score", ascending=False)
-        surest = one.drop_duplicates("category")["query"].tolist()[:3]
-        write(drawn(plots.attention(store, image_ids[0], surest), 1000), folder / "attention.png")
+        # Three objects of different categories, in the image that has most categories.
+        surest = table.sort_values("score", ascending=False).drop_duplicates(["image_id", "category"])
+        various = max(image_ids, key=lambda image_id: (surest.image_id == image_id).sum())
+        queries = surest[surest.image_id == various]["query"].tolist()[:3]
+        write(drawn(plots.attention(store, various, queries), 1000), folder / "attention.png")
 
         drawn_more = write_dataset(work, images=150, seed=7)
         store = store_of(work / "images", drawn_more, work / "more")
