@@ -145,8 +145,8 @@ def model_alone(options: argparse.Namespace) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pixels = pixels.contiguous(memory_format=torch.channels_last).to(device)
     images = normalise(pixels).contiguous()
-    reference = DETR().eval()
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    reference = DETR().eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         reference.to(device)(pixels, keys=KEYS)
     flops = counter.get_total_flops()
     contestants: dict[str, Callable[[], Any]] = {}

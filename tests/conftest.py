@@ -11,7 +11,7 @@ import torch
 from coco_factory import Coco, make_coco
 from command import Ran, RunCLI
 
-# Models this small are faster on one thread; and with several, MKL may use fewer on a busy machine, and round otherwise.
+# Models this small are faster on one thread. With several, MKL may use fewer on a busy machine, and rounds otherwise.
 torch.set_num_threads(1)
 
 

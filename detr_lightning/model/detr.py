@@ -127,7 +127,7 @@ class DETR(nn.Module):
             return out
 
         position = position_encoding(features, padding_mask)
-        tokens = self.input_proj(features).flatten(2).transpose(1, 2)  # [B, H*W, d]
+        tokens = self.input_proj(features).permute(0, 2, 3, 1).flatten(1, 2)  # [B, d, H, W] -> [B, H*W, d]
         encoded = self.transformer.encoder(tokens, position, visible)
         if "encoder_output" in keys:
             out["encoder_output"] = encoded[-1]

@@ -21,8 +21,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     if plain or torch.compiler.is_compiling() or x.shape[1] < 64:
         return F.linear(x, weight, bias)
-    columns = x.transpose(1, 2).unsqueeze(-1)  # [B, C, N, 1], channels last
-    return F.conv2d(columns, weight[:, :, None, None], bias).squeeze(-1).transpose(1, 2)
+    columns = x.transpose(1, 2).unsqueeze(2)  # [B, C, 1, N], which torch sees as channels last
+    return F.conv2d(columns, weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
 
 
 class Linear(nn.Linear):
