@@ -79,7 +79,7 @@ class Official(Peer):
         self.nested = NestedTensor
         backbone = Joiner(Backbone("resnet50", False, False, False), PositionEmbeddingSine(128, normalize=True))
         backbone.num_channels = 2048
-        transformer = Transformer(dropout=0.1, return_intermediate_dec=True)
+        transformer = Transformer(d_model=256, return_intermediate_dec=True)
         self.model = DETR(backbone, transformer, num_classes=91, num_queries=100).eval().to(self.device, dtype)
         self.kept: dict[str, Tensor] = {}
         self.model.transformer.register_forward_hook(self._keep)

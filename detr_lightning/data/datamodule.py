@@ -31,8 +31,8 @@ class COCODataModule(LightningDataModule):
         limit: Only the first so many images, by id.
         batch_size: The most images in a batch. It changes speed and memory, and with `exact` batching no result. By
             default 1 on a CPU, whose caches hold one image's features and not eight's, and 8 elsewhere.
-        num_workers: Processes that read images. By default one for each core that the run has besides the first of each
-            device, at least 1 and at most 8.
+        num_workers: Processes that read images. By default none on a CPU, where they would take the model's cores from
+            it, and elsewhere one for each core besides the first of each device, at least 1 and at most 8.
         batching: `exact` puts only images of one resized size in a batch, so nothing is padded and no image changes
             another's embeddings. `padded` fills up smaller images as the official code does, in the order of the ids.
         image_backend: `pil` gives the official pixels bit for bit; `torchvision` is faster, within 1 level of 255.
@@ -192,14 +192,6 @@ class COCODataModule(LightningDataModule):
             raise self._unreadable(names[image_id], reason)
         return batch
 
-    def num_workers(self, local_world_size: int = 1) -> int:
-        """Return how many processes read images for each device."""
-        chosen: int | None = self.hparams["num_workers"]
-        if chosen is not None:
-            return chosen
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(8, cores // local_world_size - 1))
-
     def _unreadable(self, file_name: str, reason: str) -> UnreadableImageError:
         return UnreadableImageError(
             f"{file_name!r} in {self.image_dir}: {reason}. Repair or remove it, or leave it out: data.on_error=skip.",
@@ -214,7 +206,10 @@ class COCODataModule(LightningDataModule):
         batches = plan_batches(
             self.records, self.resize, batch_size, self.hparams["batching"], finished, rank, world_size
         )
-        workers = self.num_workers(trainer.num_devices if trainer else 1)
+        workers = self.hparams["num_workers"]
+        if workers is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            workers = 0 if trainer is None or device == "cpu" else max(1, min(8, cores // trainer.num_devices - 1))
         # Without a batch Lightning would skip the hooks in which ranks meet: an empty one keeps them.
         padded = self.hparams["batching"] == "padded"
         dataset = ImageBatches(batches or [[]], self.reader(), self.resize, padded)
