@@ -14,7 +14,7 @@ from coco_factory import SMALL, Coco
 from disk import extract
 from harness import Job, Zygote, contents, differences, message, slow, until
 
-from detr_lightning.data import datamodule
+from detr_lightning.data import loading
 from detr_lightning.store.state import BusyError, Journal, hold
 
 Run = Callable[..., Any]
@@ -47,7 +47,7 @@ def test_a_finished_run_returns_at_once(
     run_cli: Run, coco_folder: Coco, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(out)
-    monkeypatch.setattr(datamodule, "read_pixels", None)
+    monkeypatch.setattr(loading, "read_pixels", None)
     ran = run_cli("predict", *coco_folder.data, "--output_dir", out)
     assert ran.code == 0
     assert "Nothing to do" in ran.err
@@ -60,7 +60,7 @@ def test_a_finished_run_returns_at_once(
         (("--writer.dtype", "float16"), "writer.dtype was float32, now float16"),
         (("--extract_type", "encoder"), "keys was"),
         (("--data.short_side", "60"), "data.short_side was 64, now 60"),
-        (("--data.batching", "padded"), "data.batching was exact, now padded, 8"),
+        (("--data.batching", "padded", "--data.batch_size", "8"), "data.batching was exact, now padded, 8"),
         (("--trainer.precision", "bf16-mixed"), "trainer.precision was 32-true, now bf16-mixed"),
         (("--data.image_backend", "torchvision"), "data.image_backend was pil, now torchvision"),
     ],
