@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def _read(file: io.FileIO, place: _Place) -> Tensor | None:
     if _without_checksum(file.read(len(place.header))) != place.header:
         return None
     tensor = torch.empty(place.shape, dtype=place.dtype)
-    buffer = tensor.reshape(-1).view(torch.uint8).numpy()
+    buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # older stubs of numpy do not call it a buffer
     return tensor if file.readinto(buffer) == len(buffer) else None
 
 
