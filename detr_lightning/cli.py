@@ -49,6 +49,9 @@ class DETRCLI(LightningCLI):
             COCODataModule,
             args=None if args is None else list(args),
             parser_class=CommandParser,
+            parser_kwargs={
+                "description": "Extract what DETR has learned: its embeddings, for COCO or any folder of images."
+            },
             save_config_callback=None,
             seed_everything_default=False,
             auto_configure_optimizers=False,
