@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -23,6 +24,8 @@ CLI = Path(__file__).resolve().parent.parent.parent / "cli.py"
 
 def child(request: dict[str, Any]) -> int:
     os.setsid()
+    # A shell that starts the tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     for stream, path in ((0, "/dev/null"), (1, request["out"]), (2, request["err"])):
