@@ -12,6 +12,7 @@ from detr_lightning.detections import METRICS, coco_results, detect, evaluate
 from detr_lightning.embeddings import PREDICTIONS, resolve_keys
 from detr_lightning.model import DETR, fold
 from detr_lightning.model.checkpoints import load
+from detr_lightning.runtime import keep_freed_memory
 
 
 class DETRExtractor(LightningModule):
@@ -60,6 +61,7 @@ class DETRExtractor(LightningModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Build the network that runs, before Lightning moves it to its device and precision."""
+        keep_freed_memory()
         high = self.hparams["tf32"]
         torch.set_float32_matmul_precision("high" if high else "highest")
         torch.backends.cudnn.allow_tf32 = high

@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.embeddings import DTYPES, HostBatch, dtype_of, nbytes, one_of, split, to_stored
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.model import MEAN, STD
+from detr_lightning.runtime import SideThreads
 from detr_lightning.store.remains import look
 from detr_lightning.store.run import IF_EXISTS, ExtractionRun
 
@@ -62,7 +63,7 @@ class EmbeddingWriter(BasePredictionWriter):
         self.images_written = 0
         self.bytes_written = 0
         self._count = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: SideThreads | None = None
         self._writing: set[Future[None]] = set()
 
     def plan(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun:
@@ -184,7 +185,7 @@ class EmbeddingWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the writing threads, and let SIGTERM end the run as Ctrl-C does."""
         # After the data workers were forked: threads and fork do not mix.
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="writer")
+        self._pool = SideThreads(self.threads, "writer")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)
 
