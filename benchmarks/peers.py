@@ -1,7 +1,7 @@
 """The peers, each as a user would write it: a model, a loop, `torch.save`.
 
 A peer is made once and then offers `forward(pixels)`, the model alone on normalised images `[B, 3, h, w]`, and
-`job(paths, folder)`, the whole way from files to files.
+`job(paths, folder, batch_size)`, the whole way from files to files.
 """
 
 from __future__ import annotations
@@ -25,14 +25,10 @@ class Peer:
     """What the peers share: reading images in a worker process, and saving a dict for each image.
 
     Args:
-        batch_size: Images in a batch; more than one are padded to the largest.
         dtype: What the model computes in.
     """
 
-    name = "peer"
-
-    def __init__(self, batch_size: int, dtype: torch.dtype) -> None:
-        self.batch_size = batch_size
+    def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -44,9 +40,9 @@ class Peer:
         """Run the model on normalised images with a mask, True on padding."""
         raise NotImplementedError
 
-    def job(self, paths: Sequence[Path], folder: Path) -> None:
-        """Read images, run the model, write a file for each."""
-        loader = DataLoader(Images(paths), batch_size=self.batch_size, num_workers=1, collate_fn=pad)
+    def job(self, paths: Sequence[Path], folder: Path, batch_size: int) -> None:
+        """Read images, run the model on batches padded to their largest, write a file for each."""
+        loader = DataLoader(Images(paths), batch_size=batch_size, num_workers=1, collate_fn=pad)
         with torch.inference_mode():
             for names, pixels, padding_mask in loader:
                 outputs = self.outputs(pixels, padding_mask)
@@ -63,10 +59,8 @@ class Official(Peer):
         checkout: The folder of the checkout.
     """
 
-    name = "official"
-
-    def __init__(self, checkout: Path, batch_size: int, dtype: torch.dtype) -> None:
-        super().__init__(batch_size, dtype)
+    def __init__(self, dtype: torch.dtype, checkout: Path) -> None:
+        super().__init__(dtype)
         sys.path.insert(0, str(checkout))
         import models.backbone
         from models.backbone import Backbone, Joiner
@@ -101,10 +95,8 @@ class Official(Peer):
 class HuggingFace(Peer):
     """Hugging Face transformers' DETR with `output_hidden_states=True`."""
 
-    name = "Hugging Face"
-
-    def __init__(self, batch_size: int, dtype: torch.dtype) -> None:
-        super().__init__(batch_size, dtype)
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
         from transformers import DetrConfig, DetrForObjectDetection
 
         config = DetrConfig(use_timm_backbone=True, backbone="resnet50", use_pretrained_backbone=False, num_labels=91)

@@ -2,12 +2,13 @@
 
     python benchmarks/run.py                       the model alone, the whole job, the stages, the machine's limit
     python benchmarks/run.py --official CHECKOUT   with the official code (a checkout of facebookresearch/detr)
+    python benchmarks/run.py startup               CPU time from the command to the first image
     python benchmarks/run.py scaling               images/s and memory against images, batch size, workers, threads
     python benchmarks/run.py compile               torch.compile against the default
     python benchmarks/run.py gpu                   batch sizes and precisions on a GPU; skips where there is none
 
-Contestants take turns, so that a machine whose speed drifts is as unfair to one as to another. Medians are printed and,
-with `--output`, written as JSON. The images are made here: photographs of 640x480 have the same cost.
+Contestants take turns, each in its own process, so that a machine whose speed drifts is as unfair to one as to another.
+Medians are printed and, with `--output`, written as JSON. The images are made here; photographs cost the same.
 """
 
 from __future__ import annotations
@@ -22,58 +23,54 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers import HuggingFace, Official, Peer
+from contestants import KEYS, PRECISIONS, Contestant, Ours, device, flops_of_one_image, pixels_of_one_image, timed
 
-from detr_lightning import COCODataModule, DETRExtractor, EmbeddingWriter
 from detr_lightning.data.files import locate
 from detr_lightning.data.images import ImageRecord
 from detr_lightning.data.transforms import read_pixels, resized_size
-from detr_lightning.embeddings import EXTRACT_TYPES
 from detr_lightning.model import DETR, fold, normalise
-from detr_lightning.progress import calm
+from detr_lightning.model.checkpoints import load
 from detr_lightning.store.layout import save_tensors
 
 CONSOLE = Console(width=120)
-KEYS = EXTRACT_TYPES["decoder"]
-PRECISIONS = {"float32": ("32-true", torch.float32), "bfloat16": ("bf16-true", torch.bfloat16)}
+HERE = Path(__file__).parent
+MIXED = [(640, 480), (640, 427), (480, 640), (640, 426), (500, 375), (427, 640), (640, 360), (612, 612)]
+"""Frequent sizes of COCO's images, width and height."""
+
+Run = Callable[[], float]
+"""Does something and returns the seconds it took."""
 
 
-def median_times(contestants: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """Run everything in turn, once to warm up and `runs` times for the record; return median seconds."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(runs + 1):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+def medians(runs: dict[str, Run], turns: int) -> dict[str, float]:
+    """Run everything in turn, once to warm up and `turns` times for the record; return median seconds."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns + 1):
+        for name, run in runs.items():
+            seconds = run()
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def make_images(folder: Path, number: int, sizes: list[tuple[int, int]] | None = None) -> list[Path]:
-    """Write JPEG files with about the detail of photographs, 640x480 unless `sizes` (width, height) are given."""
+def make_images(folder: Path, number: int, sizes: Sequence[tuple[int, int]] = ((640, 480),)) -> list[Path]:
+    """Write JPEG files with about the detail of photographs, of `sizes` (width, height) in turn."""
     generator = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for index in range(number):
-        size = sizes[index % len(sizes)] if sizes else (640, 480)
+        size = sizes[index % len(sizes)]
         coarse = Image.fromarray(generator.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize(
             size, Image.Resampling.BICUBIC
         )
@@ -84,238 +81,199 @@ def make_images(folder: Path, number: int, sizes: list[tuple[int, int]] | None =
     return paths
 
 
-class Clock(Callback):
-    """Times a run from its first batch to its metadata, so that start-up is left out."""
-
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start."""
-        self.start = time.perf_counter()
-
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Stop."""
-        self.seconds = time.perf_counter() - self.start
-
-
-def our_job(folder: Path, model: DETRExtractor, precision: str = "32-true", **settings: Any) -> float:
-    """Run the whole job on a folder of images; return seconds without start-up."""
-    writer_settings = {key: settings.pop(key) for key in ("dtype", "threads") if key in settings}
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as output, calm():
-        # Callbacks end in order: the writer has written all when the clock stops.
-        writer = EmbeddingWriter(str(Path(output) / "out"), **writer_settings)
-        trainer = Trainer(
-            devices=1,
-            precision=precision,  # type: ignore[arg-type]
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            callbacks=[writer, clock],
-        )
-        trainer.predict(model, COCODataModule(str(folder), **settings), return_predictions=False)
-    return clock.seconds
-
-
-def make_peers(options: argparse.Namespace, batch_size: int, dtype: torch.dtype) -> list[Peer]:
-    """Return the peers that are to be had."""
-    peers: list[Peer] = [HuggingFace(batch_size, dtype)]
-    if options.official and dtype == torch.float32:  # its position encoding does not run in bfloat16
-        peers.append(Official(options.official, batch_size, dtype))
-    return peers
-
-
-def peak_runs(device: str) -> dict[str, tuple[Callable[[], Any], float]]:
-    """Return what asks the most of a machine, one large product and one large convolution, each with its FLOPs."""
-    runs: dict[str, tuple[Callable[[], Any], float]] = {}
-    for name, (_, dtype) in PRECISIONS.items():
-        a = torch.randn(2048, 2048, dtype=dtype, device=device)
-        x = torch.randn(1, 256, 200, 266, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
-        w = torch.randn(256, 256, 3, 3, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
-        runs[f"product, {name}"] = (lambda a=a: a @ a), 2.0 * 2048**3
-        runs[f"convolution, {name}"] = (lambda x=x, w=w: torch.conv2d(x, w, padding=1)), 2.0 * 200 * 266 * 256 * 256 * 9
-    return runs
+@contextlib.contextmanager
+def field(options: argparse.Namespace, limit: bool = False) -> Iterator[list[Contestant]]:
+    """Start ours and the peers that are to be had, in each precision."""
+    with contextlib.ExitStack() as stack:
+        contestants = []
+        for dtype in PRECISIONS:
+            contestants += [Contestant("ours", dtype), Contestant("Hugging Face", dtype)]
+            if options.official and dtype == "float32":  # its position encoding does not run in bfloat16
+                contestants.append(Contestant("official", dtype, checkout=options.official))
+            if limit:
+                contestants.append(Contestant("machine's limit", dtype))
+        for contestant in contestants:
+            stack.enter_context(contestant)
+        yield contestants
 
 
 def model_alone(options: argparse.Namespace) -> dict[str, Any]:
     """Time the model on one 800x1066 image, everything else left out."""
-    pixels = torch.randint(0, 256, (1, 3, 800, 1066), dtype=torch.uint8)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pixels = pixels.contiguous(memory_format=torch.channels_last).to(device)
-    images = normalise(pixels).contiguous()
-    reference = DETR().eval().requires_grad_(False)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        reference.to(device)(pixels, keys=KEYS)
-    flops = counter.get_total_flops()
-    contestants: dict[str, Callable[[], Any]] = {}
-    for name, (_, dtype) in PRECISIONS.items():
-        ours = fold(reference).to(device, dtype)
-        contestants[f"ours, {name}"] = lambda ours=ours: ours(pixels, keys=KEYS)
-        for peer in make_peers(options, 1, dtype):
-            contestants[f"{peer.name}, {name}"] = lambda peer=peer: peer.forward(images)
-    peaks = peak_runs(device)
-    with torch.inference_mode():
-        seconds = median_times(contestants | {name: run for name, (run, _) in peaks.items()}, options.runs)
-    reached = {name: work / seconds.pop(name) for name, (_, work) in peaks.items()}
-    rates = {name: max(rate for run, rate in reached.items() if run.endswith(f", {name}")) for name in PRECISIONS}
-    for name, rate in rates.items():
-        seconds[f"machine's limit, {name}"] = flops / rate
+    with field(options, limit=True) as contestants:
+        seconds = medians({f"{one.name}, {one.dtype}": one.forward for one in contestants}, options.runs)
     show("The model alone, one 800x1066 image", seconds)
-    CONSOLE.print(
-        f"{flops / 1e9:.0f} GFLOP an image; best rates here: "
-        + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items())
-    )
-    return {"seconds": seconds, "flops": flops, "peak_flops_per_second": rates}
+    flops = flops_of_one_image()
+    CONSOLE.print(f"{flops / 1e9:.0f} GFLOP an image")
+    return {"seconds": seconds, "flops": flops}
 
 
 def whole_job(options: argparse.Namespace) -> dict[str, Any]:
     """Time the way from JPEG files to `.pt` files, start-up excluded, an image."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, field(options) as contestants:
         folder = Path(temporary) / "images"
-        paths = make_images(folder, options.images)
-        extractor = DETRExtractor("random")
-        jobs: dict[str, Callable[[], float]] = {}
-        for name, (precision, dtype) in PRECISIONS.items():
-            jobs[f"ours, {name}"] = lambda precision=precision: our_job(folder, extractor, precision)
-            for batch_size in (1, options.peer_batch_size):
-                for peer in make_peers(options, batch_size, dtype):
-                    jobs[f"{peer.name}, batch {batch_size}, {name}"] = lambda peer=peer: timed_job(peer, paths)
-        times: dict[str, list[float]] = {name: [] for name in jobs}
-        for turn in range(options.job_runs + 1):
-            for name, job in jobs.items():
-                seconds = job() / len(paths)
-                if turn or options.job_runs == 1:
-                    times[name].append(seconds)
-    result = {name: statistics.median(values) for name, values in times.items()}
-    show(f"The whole job, {len(paths)} JPEG files of 640x480, seconds an image", result)
-    return {"seconds": result}
+        make_images(folder, options.images)
 
+        def job(contestant: Contestant, **settings: Any) -> float:
+            with tempfile.TemporaryDirectory() as output:
+                return contestant.job(folder=folder, output=Path(output) / "out", **settings) / options.images
 
-def timed_job(peer: Peer, paths: list[Path]) -> float:
-    """Run a peer's whole job; return seconds."""
-    with tempfile.TemporaryDirectory() as output:
-        start = time.perf_counter()
-        peer.job(paths, Path(output))
-        return time.perf_counter() - start
+        runs: dict[str, Run] = {}
+        for one in contestants:
+            if one.name == "ours":
+                runs[f"ours, {one.dtype}"] = lambda one=one: job(one)  # type: ignore[misc]
+                continue
+            for size in (1, options.peer_batch_size):
+                name = f"{one.name}, batch {size}, {one.dtype}"
+                runs[name] = lambda one=one, size=size: job(one, batch_size=size)  # type: ignore[misc]
+        seconds = medians(runs, options.job_runs)
+    show(f"The whole job, {options.images} JPEG files of 640x480, an image", seconds)
+    return {"seconds": seconds}
 
 
 def stages(options: argparse.Namespace) -> dict[str, Any]:
     """Time each stage of an image's way on its own, and how much of a run the model is not running."""
-    rows: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "images"
-        paths = make_images(folder, options.images)
+        make_images(folder, options.images)
         record = ImageRecord(1, "1.jpg", 640, 480)
-        size = resized_size(record.size)
-        path = locate(folder, record)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        share: dict[str, float] = {}
-        for name, (precision, dtype) in PRECISIONS.items():
-            model = fold(DETR().eval()).to(device, dtype)
-            pixels = read_pixels(path, record, size)[None].to(device)
-            with torch.inference_mode():
-                images = normalise(pixels).to(dtype)
-                features = model.backbone[0](images)
-                position = model.backbone[1](features)
-                tokens = model.input_proj(features).flatten(2).transpose(1, 2)
-                memory = model.transformer.encoder(tokens, position)[-1]
-                out = model(pixels, keys=KEYS)
-                host = {key: value[0].float().cpu().contiguous() for key, value in out.items()}
-
-                def decode() -> None:
-                    decoded, _ = model.transformer.decoder(model.query_embed.weight, memory, position, None, False)  # noqa: B023
-                    model.predict(decoded[-1])  # noqa: B023
-
-                rows |= {
-                    f"{stage}, {name}": seconds
-                    for stage, seconds in median_times(
-                        {
-                            "normalise": lambda: normalise(pixels),  # noqa: B023
-                            "backbone": lambda: model.backbone[0](images),  # noqa: B023
-                            "encoder": lambda: model.transformer.encoder(tokens, position),  # noqa: B023
-                            "decoder and heads": decode,
-                            "model in all": lambda: model(pixels, keys=KEYS),  # noqa: B023
-                            "device to host": lambda: {key: value.float().cpu() for key, value in out.items()},  # noqa: B023
-                        },
-                        options.runs,
-                    ).items()
-                }
-            extractor = DETRExtractor("random")
-            with torch.inference_mode():
-                alternating = []
-                for _ in range(options.job_runs + 1):
-                    start = time.perf_counter()
-                    for _ in paths:
-                        model(pixels, keys=KEYS)
-                    alone = time.perf_counter() - start
-                    alternating.append(1 - alone / our_job(folder, extractor, precision, batch_size=1))
-            share[name] = statistics.median(alternating[1:])
-        rows |= median_times(
-            {
-                "read and resize, pil": lambda: read_pixels(path, record, size),
-                "read and resize, torchvision": lambda: read_pixels(path, record, size, "torchvision"),
-                "write one decoder file": lambda: save_tensors(Path(temporary), 1, host),
-            },
-            options.runs * 4,
-        )
+        path, size = locate(folder, record), resized_size(record.size)
+        rows: dict[str, float] = {}
+        idle: dict[str, float] = {}
+        for dtype in PRECISIONS:
+            rows |= {f"{name}, {dtype}": seconds for name, seconds in model_stages(dtype, options.runs).items()}
+            idle[dtype] = model_idle(dtype, folder, options)
+        with torch.inference_mode():
+            out = fold(DETR().eval())(pixels_of_one_image().cpu(), keys=KEYS)
+        one = {key: value[0].clone() for key, value in out.items()}
+        around: dict[str, Callable[[], Any]] = {
+            "read and resize, pil": lambda: read_pixels(path, record, size),
+            "read and resize, torchvision": lambda: read_pixels(path, record, size, "torchvision"),
+            "write one decoder file": lambda: save_tensors(Path(temporary), 1, one),
+        }
+        rows |= medians({name: lambda run=run: timed(run) for name, run in around.items()}, options.runs * 4)  # type: ignore[misc]
     show("Stages, one image", rows, ratios=False)
-    for name, value in share.items():
+    for name, value in idle.items():
         CONSOLE.print(f"Share of the whole job in which the model is not running, {name}: {value:.1%}")
-    return {"seconds": rows, "model_idle": share}
+    return {"seconds": rows, "model_idle": idle}
 
 
-SCALING = """
-import json, resource, sys
-sys.path.insert(0, {here!r})
-from pathlib import Path
-from run import our_job
-from detr_lightning import DETRExtractor
-model = DETRExtractor({weights!r}, {extract_type!r})
-seconds = our_job(Path({folder!r}), model, **json.loads({settings!r}))
-print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3]))
+def model_stages(dtype: str, turns: int) -> dict[str, float]:
+    """Time the parts of the model on one image."""
+    ours = Ours(dtype)
+    ours.forward()
+    model, pixels = ours.extractor.network, ours.pixels
+    assert model is not None
+    with torch.inference_mode():
+        images = normalise(pixels).to(ours.dtype)
+        features = model.backbone[0](images)
+        position = model.backbone[1](features)
+        tokens = model.input_proj(features).permute(0, 2, 3, 1).flatten(1, 2)
+        memory = model.transformer.encoder(tokens, position)[-1]
+        out = model(pixels, keys=KEYS)
+
+        def decode() -> None:
+            decoded, _ = model.transformer.decoder(model.query_embed.weight, memory, position, None, False)
+            model.predict(decoded[-1])
+
+        parts: dict[str, Callable[[], Any]] = {
+            "normalise": lambda: normalise(pixels),
+            "backbone": lambda: model.backbone[0](images),
+            "encoder": lambda: model.transformer.encoder(tokens, position),
+            "decoder and heads": decode,
+            "model in all": lambda: model(pixels, keys=KEYS),
+            "device to host": lambda: {key: value.cpu() for key, value in out.items()},
+        }
+        return medians({name: lambda run=run: timed(run) for name, run in parts.items()}, turns)  # type: ignore[misc]
+
+
+def model_idle(dtype: str, folder: Path, options: argparse.Namespace) -> float:
+    """Return the share of a job in which the model is not running: its time against the model's alone, in turn."""
+    shares = []
+    with Contestant("ours", dtype) as ours:
+        for _ in range(options.job_runs + 1):
+            alone = sum(ours.forward() for _ in range(options.images))
+            with tempfile.TemporaryDirectory() as output:
+                job = ours.job(folder=folder, output=Path(output) / "out", batch_size=1)
+            alone = (alone + sum(ours.forward() for _ in range(options.images))) / 2
+            shares.append(1 - alone / job)
+    return statistics.median(shares[1:])
+
+
+STARTUP = """
+import os, resource, sys
+def stop(*_):
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(used.ru_utime + used.ru_stime, flush=True)
+    os._exit(0)
+import lightning.pytorch.cli
+if len(sys.argv) == 1:
+    stop()
+from detr_lightning.cli import main
+from detr_lightning.extractor import DETRExtractor
+DETRExtractor.predict_step = stop
+sys.exit(main(sys.argv[1:]))
 """
+"""Prints the CPU seconds of the import, or, with a command, of all until the first image reaches the model."""
 
 
-def measured(
-    folder: Path, weights: str = "random", extract_type: str = "decoder", **settings: Any
-) -> tuple[float, float]:
-    """Run a job in a process of its own; return its seconds and its peak memory in MB."""
-    here = str(Path(__file__).parent)
-    code = SCALING.format(
-        here=here, weights=weights, extract_type=extract_type, folder=str(folder), settings=json.dumps(settings)
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, memory = json.loads(done.stdout.splitlines()[-1])
-    return seconds, memory
+def startup(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the CPU time from the command to the first image, with DETR-R50's weights in a file."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "images"
+        make_images(folder, 8)
+        weights = Path(temporary) / "weights.pth"
+        torch.save({"model": load("random").model.state_dict()}, weights)
+
+        command = ["predict", "--config", str(HERE.parent / "configs" / "decoder.yaml")]
+        command += ["--model.weights", str(weights), "--data.image_dir", str(folder), "--data.annotation_file", "null"]
+
+        def cpu_seconds(*arguments: str) -> float:
+            line = [sys.executable, "-c", STARTUP, *arguments]
+            return float(subprocess.run(line, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+        def predict() -> float:
+            with tempfile.TemporaryDirectory() as output:
+                return cpu_seconds(*command, "--output_dir", output)
+
+        runs: dict[str, Run] = {"import lightning.pytorch.cli": cpu_seconds, "predict, to the first image": predict}
+        seconds = medians(runs, options.runs)
+    show("Start-up, seconds of CPU time", seconds, ratios=False)
+    return {"seconds": seconds}
 
 
 def scaling(options: argparse.Namespace) -> dict[str, Any]:
     """Show images/s and peak memory against the number of images, batch size, workers and writing threads."""
-    demo = str(Path(__file__).parent.parent / "assets" / "demo" / "detr_demo.pth")
+    demo = str(HERE.parent / "assets" / "demo" / "detr_demo.pth")
     sweeps = {"batch_size": (1, 4, 8, 16, 32), "num_workers": (0, 1, 2, 4), "threads": (1, 2, 4)}
-    runs: list[dict[str, Any]] = [
-        *({"limit": number} for number in options.numbers),
-        *({"limit": 500, name: value} for name, values in sweeps.items() for value in values),
+    small = {"short_side": 128, "long_side": 213}
+    runs: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        *(({"weights": demo}, {"limit": number}) for number in options.numbers),
+        *(({"weights": demo}, {"limit": 500, name: value}) for name, values in sweeps.items() for value in values),
+        *(({}, {"limit": 32, "batch_size": batch_size}) for batch_size in (1, 2, 4, 8, 16)),
+        *(({"extract_type": "all"}, {"limit": number, "batch_size": 8}) for number in (16, 32, 64)),
     ]
-    runs = [{"weights": demo, "short_side": 128, "long_side": 213, **run} for run in runs]
-    runs += [{"limit": 32, "batch_size": batch_size} for batch_size in (1, 2, 4, 8, 16)]
-    runs += [{"limit": number, "batch_size": 8, "extract_type": "all"} for number in (16, 32)]
     result = {}
-    table = Table(title="Scaling", title_justify="left")
-    for column in ("run", "images/s", "peak memory, MB"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+    table = Table("run", title="Scaling", title_justify="left")
+    for column in ("images/s", "peak memory, MB"):
+        table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as temporary:
         many, photographs = Path(temporary) / "many", Path(temporary) / "photographs"
         make_images(many, max(*options.numbers, 500), [(192, 144), (144, 192), (160, 160)])
-        make_images(photographs, 32)
-        for run in runs:
-            small = "weights" in run
-            seconds, memory = measured(many if small else photographs, **run)
-            shown = {key: value for key, value in run.items() if key not in ("weights", "short_side", "long_side")}
+        make_images(photographs, 64)
+        for model, settings in runs:
+            folder, more = (many, small) if "weights" in model else (photographs, {})
+            with Contestant("ours", "float32", **model) as ours, tempfile.TemporaryDirectory() as output:
+                seconds = ours.job(folder=folder, output=Path(output) / "out", **settings, **more)
+                memory = ours.peak_memory()
+            shown = {**settings, **{key: value for key, value in model.items() if key != "weights"}}
             name = ", ".join(
-                ["demo model" if small else "DETR-R50", *(f"{key} {value}" for key, value in shown.items())]
+                [
+                    "demo model" if "weights" in model else "DETR-R50",
+                    *(f"{key} {value}" for key, value in shown.items()),
+                ]
             )
-            result[name] = {"images_per_second": run["limit"] / seconds, "peak_mb": memory}
-            table.add_row(name, f"{run['limit'] / seconds:.2f}", f"{memory:.0f}")
+            result[name] = {"images_per_second": settings["limit"] / seconds, "peak_mb": memory}
+            table.add_row(name, f"{settings['limit'] / seconds:.2f}", f"{memory:.0f}")
     CONSOLE.print(table)
     return result
 
@@ -325,15 +283,13 @@ def compiled(options: argparse.Namespace) -> dict[str, Any]:
     result = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "mixed"
-        sizes = [(640, 480), (640, 427), (480, 640), (640, 426), (500, 375), (427, 640), (640, 360), (612, 612)]
-        make_images(folder, options.images, sizes)
-        for name, settings in (("default", {}), ("compile", {"compile": True})):
-            result[name] = our_job(folder, DETRExtractor("random", **settings)) / options.images
-    show(
-        f"torch.compile on {options.images} images of {len(sizes)} shapes, seconds an image, compilation included",
-        result,
-    )
-    return result
+        make_images(folder, options.images, MIXED)
+        for dtype in PRECISIONS:
+            for name, settings in ((f"default, {dtype}", {}), (f"model.compile, {dtype}", {"compile": True})):
+                with Contestant("ours", dtype, **settings) as ours:
+                    result[name] = ours.job(folder=folder, output=Path(temporary) / name) / options.images
+    show(f"{options.images} images of {len(MIXED)} shapes, an image, compilation included", result, ratios=False)
+    return {"seconds": result}
 
 
 def gpu(options: argparse.Namespace) -> dict[str, Any]:
@@ -342,31 +298,32 @@ def gpu(options: argparse.Namespace) -> dict[str, Any]:
         CONSOLE.print("There is no GPU here: skipped.")
         return {}
     result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "images"
-        paths = make_images(folder, options.images)
-        for name, (precision, dtype) in PRECISIONS.items():
-            for batch_size in (1, 8, 16, 32):
-                for compile_it in (False, True):
-                    model = DETRExtractor("random", compile=compile_it)
-                    our_job(folder, model, precision, batch_size=batch_size, limit=2 * batch_size)
-                    with Busy() as busy:
-                        seconds = our_job(folder, model, precision, batch_size=batch_size, image_backend="torchvision")
-                    label = f"ours, {name}, batch {batch_size}" + ", compiled" * compile_it
-                    result[label] = {"images_per_second": len(paths) / seconds, "gpu_busy": busy.share}
-                peer = HuggingFace(batch_size, dtype)
-                timed_job(peer, paths[: 2 * batch_size])
-                with Busy() as busy:
-                    seconds = timed_job(peer, paths)
-                label = f"Hugging Face, {name}, batch {batch_size}"
-                result[label] = {"images_per_second": len(paths) / seconds, "gpu_busy": busy.share}
     table = Table(
-        title=f"GPU: {torch.cuda.get_device_name()}, {len(paths)} JPEG files of 640x480", title_justify="left"
+        "run",
+        title=f"GPU: {torch.cuda.get_device_name()}, {options.images} JPEG files of 640x480",
+        title_justify="left",
     )
-    for column in ("run", "images/s", "GPU busy"):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    for label, row in result.items():
-        table.add_row(label, f"{row['images_per_second']:.1f}", f"{row['gpu_busy']:.0%}")
+    for column in ("images/s", "GPU busy"):
+        table.add_column(column, justify="right")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, first = Path(temporary) / "images", Path(temporary) / "first"
+        make_images(folder, options.images)
+        make_images(first, 64)
+        for dtype in PRECISIONS:
+            sides: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+                "ours": ("ours", {}, {"image_backend": "torchvision"}),
+                "ours, compiled": ("ours", {"compile": True}, {"image_backend": "torchvision"}),
+                "Hugging Face": ("Hugging Face", {}, {}),
+            }
+            for label, (side, model, settings) in sides.items():
+                with Contestant(side, dtype, **model) as one:
+                    for size in (1, 8, 16, 32):
+                        name = f"{label}, {dtype}, batch {size}"
+                        one.job(folder=first, output=Path(temporary) / f"{name}, first", batch_size=size, **settings)
+                        with Busy() as busy:
+                            seconds = one.job(folder=folder, output=Path(temporary) / name, batch_size=size, **settings)
+                        result[name] = {"images_per_second": options.images / seconds, "gpu_busy": busy.share}
+                        table.add_row(name, f"{options.images / seconds:.1f}", f"{busy.share:.0%}")
     CONSOLE.print(table)
     return result
 
@@ -386,20 +343,14 @@ class Busy:
 
 
 def show(title: str, seconds: dict[str, float], ratios: bool = True) -> None:
-    """Print seconds, and how many times as fast ours is in the same precision."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("what")
+    """Print times, and how many times as long as ours they are."""
+    table = Table("what", title=title, title_justify="left")
     table.add_column("ms", justify="right")
-    first = next(iter(seconds))
-    if ratios:
-        table.add_column(f"times {first}", justify="right")
-        table.add_column("times ours, bfloat16", justify="right")
+    ours = {f"times {name}": value for name, value in seconds.items() if name.startswith("ours, ")} if ratios else {}
+    for column in ours:
+        table.add_column(column, justify="right")
     for name, value in seconds.items():
-        row = [name, f"{value * 1e3:.1f}"]
-        if ratios:
-            other = seconds.get("ours, bfloat16")
-            row += [f"{value / seconds[first]:.2f}", f"{value / other:.2f}" if other else ""]
-        table.add_row(*row)
+        table.add_row(name, f"{value * 1e3:.1f}", *(f"{value / other:.2f}" for other in ours.values()))
     CONSOLE.print(table)
 
 
@@ -414,7 +365,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if device().type == "cuda" else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -425,6 +376,7 @@ MODES: dict[str, list[Callable[[argparse.Namespace], dict[str, Any]]]] = {
     "model": [model_alone],
     "job": [whole_job],
     "stages": [stages],
+    "startup": [startup],
     "scaling": [scaling],
     "compile": [compiled],
     "gpu": [gpu],
@@ -436,7 +388,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", nargs="?", default="all", choices=MODES)
     parser.add_argument("--official", type=Path, help="a checkout of facebookresearch/detr")
-    parser.add_argument("--runs", type=int, default=5, help="runs of each contestant, after one to warm up")
+    parser.add_argument("--runs", type=int, default=9, help="runs of each contestant, after one to warm up")
     parser.add_argument("--job-runs", type=int, default=3, help="the same for the whole job")
     parser.add_argument("--images", type=int, default=16, help="images of the whole job")
     parser.add_argument("--peer-batch-size", type=int, default=8, help="the larger batch of the peers")
@@ -449,8 +401,8 @@ def main() -> None:
     CONSOLE.print(results["machine"])
     for benchmark in MODES[options.mode]:
         results[benchmark.__name__] = benchmark(options)
-    if options.output:
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+        if options.output:
+            options.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,229 @@
+"""Who takes part in a benchmark, each in a process of its own: nobody's settings, threads or memory touch another's.
+
+A side is made once in its process and then offers `forward()`, the model on one 800x1066 image, and `job(folder,
+output, batch_size, ...)`, the whole way from files to files; both return seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import multiprocessing
+import resource
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from peers import HuggingFace, Official, Peer
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from detr_lightning import COCODataModule, DETRExtractor, EmbeddingWriter
+from detr_lightning.embeddings import EXTRACT_TYPES
+from detr_lightning.model import DETR, normalise
+from detr_lightning.progress import calm
+
+PRECISIONS = {"float32": ("32-true", torch.float32), "bfloat16": ("bf16-true", torch.bfloat16)}
+KEYS = EXTRACT_TYPES["decoder"]
+
+
+def device() -> torch.device:
+    """Return where the models run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Run something; return the seconds it took."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def pixels_of_one_image() -> Tensor:
+    """Return random uint8 pixels, `[1, 3, 800, 1066]`, as our data module serves them."""
+    pixels = torch.randint(0, 256, (1, 3, 800, 1066), dtype=torch.uint8)
+    return pixels.contiguous(memory_format=torch.channels_last).to(device())
+
+
+class Ours:
+    """This project, as its command runs it.
+
+    Args:
+        dtype: `float32` or `bfloat16`.
+        settings: `DETRExtractor`'s.
+    """
+
+    def __init__(self, dtype: str, **settings: Any) -> None:
+        self.precision, self.dtype = PRECISIONS[dtype]
+        self.extractor = DETRExtractor(**{"weights": "random", **settings})
+        self.pixels = pixels_of_one_image()
+
+    def forward(self) -> float:
+        """Run the model on uint8 pixels."""
+        if self.extractor.network is None:
+            self.extractor.setup()
+            self.extractor.to(device(), self.dtype)
+        with torch.inference_mode():
+            return timed(lambda: self.extractor(self.pixels))
+
+    def job(self, folder: Path, output: Path, batch_size: int | None = None, **settings: Any) -> float:
+        """Extract a folder; return the seconds from the first batch to the metadata."""
+        writer_settings = {key: settings.pop(key) for key in ("dtype", "threads") if key in settings}
+        clock = Clock()
+        with calm():
+            # Callbacks end in order: the writer has written all when the clock stops.
+            writer = EmbeddingWriter(str(output), **writer_settings)
+            trainer = Trainer(
+                devices=1,
+                precision=self.precision,  # type: ignore[arg-type]
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=False,
+                callbacks=[writer, clock],
+            )
+            images = COCODataModule(str(folder), batch_size=batch_size, **settings)
+            trainer.predict(self.extractor, images, return_predictions=False)
+        return clock.seconds
+
+
+class Clock(Callback):
+    """Times a run from its first batch to its metadata, so that start-up is left out."""
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start."""
+        self.start = time.perf_counter()
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stop."""
+        self.seconds = time.perf_counter() - self.start
+
+
+class Theirs:
+    """A peer.
+
+    Args:
+        peer: Its class.
+        dtype: `float32` or `bfloat16`.
+        settings: The class's own.
+    """
+
+    def __init__(self, peer: type[Peer], dtype: str, **settings: Any) -> None:
+        self.peer = peer(PRECISIONS[dtype][1], **settings)
+        self.images = normalise(pixels_of_one_image()).contiguous()
+
+    def forward(self) -> float:
+        """Run the model on normalised images."""
+        with torch.inference_mode():
+            return timed(lambda: self.peer.forward(self.images))
+
+    def job(self, folder: Path, output: Path, batch_size: int = 1) -> float:
+        """Extract a folder."""
+        output.mkdir()
+        return timed(lambda: self.peer.job(sorted(folder.iterdir()), output, batch_size))
+
+
+class Limit:
+    """What the machine can do at best: one large product, or one large convolution, in the time of a whole image.
+
+    Args:
+        dtype: `float32` or `bfloat16`.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        torch_dtype = PRECISIONS[dtype][1]
+
+        def tensor(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch_dtype, device=device())
+
+        a = tensor(2048, 2048)
+        x, w = (
+            tensor(*shape).contiguous(memory_format=torch.channels_last)
+            for shape in ((1, 256, 200, 266), (256, 256, 3, 3))
+        )
+        self.runs = [
+            (lambda: a @ a, 2.0 * 2048**3),
+            (lambda: torch.conv2d(x, w, padding=1), 2.0 * 200 * 266 * 256 * 256 * 9),
+        ]
+        self.flops = flops_of_one_image()
+
+    def forward(self) -> float:
+        """Return how long an image's FLOPs take at the better of the two rates."""
+        with torch.inference_mode():
+            rates = [max(work / timed(run) for _ in range(5)) for run, work in self.runs]
+        return self.flops / max(rates)
+
+
+def flops_of_one_image() -> int:
+    """Return the floating point operations that DETR-R50 takes for an image of 800x1066."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        DETR().eval()(pixels_of_one_image().cpu(), keys=KEYS)
+    return counter.get_total_flops()
+
+
+SIDES: dict[str, Callable[..., Any]] = {
+    "ours": Ours,
+    "Hugging Face": lambda dtype, **settings: Theirs(HuggingFace, dtype, **settings),
+    "official": lambda dtype, **settings: Theirs(Official, dtype, **settings),
+    "machine's limit": Limit,
+}
+
+
+@functools.cache
+def _side(name: str, dtype: str, settings: tuple[tuple[str, Any], ...]) -> Any:
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    return SIDES[name](dtype, **dict(settings))
+
+
+def _forward(*side: Any) -> float:
+    _side(*side).forward()  # the last turn was another process's
+    seconds: float = _side(*side).forward()
+    return seconds
+
+
+def _job(arguments: dict[str, Any], *side: Any) -> float:
+    seconds: float = _side(*side).job(**arguments)
+    return seconds
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+class Contestant(contextlib.AbstractContextManager["Contestant"]):
+    """A side in its own process.
+
+    Args:
+        name: One of `SIDES`.
+        dtype: `float32` or `bfloat16`.
+        settings: The side's.
+    """
+
+    def __init__(self, name: str, dtype: str, **settings: Any) -> None:
+        self.name, self.dtype = name, dtype
+        self._side = name, dtype, tuple(settings.items())
+        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+    def __exit__(self, *_: object) -> None:
+        self._process.shutdown()
+
+    def forward(self) -> float:
+        """Run the model alone, once to get going and once for the record; return seconds."""
+        return self._process.submit(_forward, *self._side).result()
+
+    def job(self, **arguments: Any) -> float:
+        """Run the whole job; return seconds."""
+        return self._process.submit(_job, arguments, *self._side).result()
+
+    def peak_memory(self) -> float:
+        """Return the most memory that the process has taken so far, in MB."""
+        return self._process.submit(_peak).result()
