@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "writer.dtype float16": {"dtype": "float16"},
     "bf16-true": {"precision": "bf16-true"},
     "bf16-mixed": {"precision": "bf16-mixed"},
+    "16-true": {"precision": "16-true"},
     "16-mixed": {"precision": "16-mixed"},
     "model.compile": {"model": {"compile": True}},
     "model.tf32": {"model": {"tf32": True}},
