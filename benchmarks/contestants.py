@@ -181,7 +181,7 @@ SIDES: dict[str, Callable[..., Any]] = {
 def _side(name: str, dtype: str, settings: tuple[tuple[str, Any], ...]) -> Any:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    # A spawned process would spawn its data workers too, which takes seconds; the first method is the platform's default.
+    # A spawned process would spawn its data workers too, which takes seconds. The platform's default comes first.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     return SIDES[name](dtype, **dict(settings))
 
