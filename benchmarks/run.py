@@ -25,6 +25,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,11 @@ def whole_job(options: argparse.Namespace) -> dict[str, Any]:
         runs: dict[str, Run] = {}
         for one in contestants:
             if one.name == "ours":
-                runs[f"ours, {one.dtype}"] = lambda one=one: job(one)  # type: ignore[misc]
+                runs[f"ours, {one.dtype}"] = partial(job, one)
                 continue
             for size in (1, options.peer_batch_size):
                 name = f"{one.name}, batch {size}, {one.dtype}"
-                runs[name] = lambda one=one, size=size: job(one, batch_size=size)  # type: ignore[misc]
+                runs[name] = partial(job, one, batch_size=size)
         seconds = medians(runs, options.job_runs)
     show(f"The whole job, {options.images} JPEG files of 640x480, an image", seconds)
     return {"seconds": seconds}
@@ -150,7 +151,7 @@ def stages(options: argparse.Namespace) -> dict[str, Any]:
             "read and resize, torchvision": lambda: read_pixels(path, record, size, "torchvision"),
             "write one decoder file": lambda: save_tensors(Path(temporary), 1, one),
         }
-        rows |= medians({name: lambda run=run: timed(run) for name, run in around.items()}, options.runs * 4)  # type: ignore[misc]
+        rows |= medians({name: partial(timed, run) for name, run in around.items()}, options.runs * 4)
     show("Stages, one image", rows, ratios=False)
     for name, value in idle.items():
         CONSOLE.print(f"Share of the whole job in which the model is not running, {name}: {value:.1%}")
@@ -183,7 +184,7 @@ def model_stages(dtype: str, turns: int) -> dict[str, float]:
             "model in all": lambda: model(pixels, keys=KEYS),
             "device to host": lambda: {key: value.cpu() for key, value in out.items()},
         }
-        return medians({name: lambda run=run: timed(run) for name, run in parts.items()}, turns)  # type: ignore[misc]
+        return medians({name: partial(timed, run) for name, run in parts.items()}, turns)
 
 
 def model_idle(dtype: str, folder: Path, options: argparse.Namespace) -> float:
