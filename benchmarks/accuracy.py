@@ -76,7 +76,7 @@ def main() -> None:
         if "model" in settings:
             settings = {**settings, "model": dict(settings["model"])}
         got = extract(options.image_dir, **common, limit=options.limit, **settings)
-        results[name] = compare(got, wanted)  # type: ignore[arg-type]
+        results[name] = compare(got, wanted)
         cells = [f"{results[name][key]:.1e}" for key in KEYS]
         table.add_row(name, *cells, f"{results[name]['cosine']:.6f}")
     Console(width=160).print(table)

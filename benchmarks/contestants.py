@@ -83,7 +83,7 @@ class Ours:
             writer = EmbeddingWriter(str(output), **writer_settings)
             trainer = Trainer(
                 devices=1,
-                precision=self.precision,  # type: ignore[arg-type]
+                precision=self.precision,
                 logger=False,
                 enable_checkpointing=False,
                 enable_model_summary=False,

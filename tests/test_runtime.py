@@ -5,17 +5,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from coco_factory import Coco
+from command import RunCLI
 
+from detr_lightning.embeddings import to_stored
 from detr_lightning.runtime import SideThreads
 
+DEMO = Path(__file__).parent.parent / "assets" / "demo" / "detr_demo.pth"
 FAULTS = """
 import resource, sys, torch
-from detr_lightning.runtime import keep_freed_memory
-if "keep" in sys.argv:
-    keep_freed_memory()
+from detr_lightning import DETRExtractor
+for weights in sys.argv[1:]:
+    DETRExtractor(weights).setup()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for turn in range(20):
     torch.empty(55_000_000, dtype=torch.uint8).fill_(1)
@@ -29,7 +35,7 @@ def test_large_tensors_take_the_memory_of_earlier_ones() -> None:
         command = [sys.executable, "-c", FAULTS, *arguments]
         return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
 
-    assert faults("keep") < faults() / 2
+    assert faults(str(DEMO)) < faults() / 2
 
 
 @pytest.fixture
@@ -47,3 +53,18 @@ def test_threads_beside_the_model_leave_it_its_cores() -> None:
         assert torch.get_num_threads() == 2
     with ThreadPoolExecutor(1) as later:
         assert later.submit(torch.get_num_threads).result() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_files_are_written_by_such_threads(
+    run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def observed(*arguments: Any) -> torch.Tensor:
+        threads.append(torch.get_num_threads())
+        return to_stored(*arguments)
+
+    monkeypatch.setattr("detr_lightning.writer.to_stored", observed)
+    assert run_cli("predict", *coco_folder.data, "--output_dir", tmp_path / "out").code == 0
+    assert set(threads) == {1}
