@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
+from detr_lightning.model import onednn
 from detr_lightning.model.detr import DETR
 
 
@@ -42,72 +41,26 @@ class FoldedConv(nn.Module):
         dtype = conv.weight.dtype
         self.weight = nn.Parameter(weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.bias = nn.Parameter(bias.to(dtype))
-        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.settings = conv.stride, conv.padding, conv.dilation
+        self._packed: tuple[Any, Tensor] | None = None
 
     def forward(self, x: Tensor, add: Tensor | None = None, relu: bool = True) -> Tensor:
         """Convolve, add a shortcut (which may be overwritten), and apply ReLU."""
-        settings = (self.stride, self.padding, self.dilation)
-        if _onednn_may_fuse(x) and onednn_fuses(x.dtype):
-            return fused_conv(x, self.weight, self.bias, settings, add, relu)
-        return plain_conv(x, self.weight, self.bias, settings, add, relu)
+        if onednn.usable(x):
+            return onednn.convolve(x, self._pack(x), self.bias, self.settings, add, relu)
+        return onednn.plain_convolve(x, self.weight, self.bias, self.settings, add, relu)
 
+    def _pack(self, x: Tensor) -> Tensor:
+        """Return the weight packed for inputs like this one. Images come sorted by shape: the last one's is kept."""
+        version = None if self.weight.is_inference() else self.weight._version
+        wanted = x.shape, x.dtype, version
+        if self._packed is None or self._packed[0] != wanted:
+            self._packed = wanted, onednn.pack(self.weight, self.settings, x.shape)
+        return self._packed[1]
 
-Settings = tuple[Any, Any, Any]
-"""A convolution's stride, padding and dilation."""
-
-
-def plain_conv(x: Tensor, weight: Tensor, bias: Tensor, settings: Settings, add: Tensor | None, relu: bool) -> Tensor:
-    """Convolve, add and apply ReLU one after the other."""
-    stride, padding, dilation = settings
-    x = F.conv2d(x, weight, bias, stride, padding, dilation)
-    if add is not None:
-        x = x + add
-    return x.relu() if relu else x
-
-
-def fused_conv(x: Tensor, weight: Tensor, bias: Tensor, settings: Settings, add: Tensor | None, relu: bool) -> Tensor:
-    """Do what `plain_conv` does in one pass over memory, `add` being overwritten.
-
-    These two operators are what torch's own compiler calls on CPUs. They are not public: `onednn_fuses` says whether
-    they are there and do what they should.
-    """
-    stride, padding, dilation = settings
-    how: tuple[Any, ...] = (padding, stride, dilation, 1)
-    after = "relu" if relu else "none"
-    out: Tensor
-    if add is None:
-        out = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *how, after, [], "")
-    else:
-        sum_and_relu: tuple[Any, ...] = ("add", 1.0, "relu" if relu else None, [], "")
-        out = torch.ops.mkldnn._convolution_pointwise_.binary(add, x, weight, bias, *how, *sum_and_relu)
-    return out
-
-
-def _onednn_may_fuse(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-
-
-@functools.cache
-def onednn_fuses(dtype: torch.dtype) -> bool:
-    """Return whether this torch on this processor has the fused convolutions for a dtype, found out by trying."""
-    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
-        return False
-    generator = torch.Generator().manual_seed(0)
-    x, weight, add = (
-        torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
-        for shape in ((1, 16, 8, 8), (16, 16, 3, 3), (1, 16, 8, 8))
-    )
-    bias = torch.zeros(16, dtype=dtype)
-    settings = ((1, 1), (1, 1), (1, 1))
-    try:
-        for shortcut in (None, add):
-            wanted = plain_conv(x, weight, bias, settings, shortcut, relu=True)
-            got = fused_conv(x, weight, bias, settings, None if shortcut is None else shortcut.clone(), relu=True)
-            if not torch.allclose(got, wanted, rtol=0.02, atol=0.1 if dtype == torch.bfloat16 else 1e-3):
-                return False
-    except (AttributeError, RuntimeError):
-        return False
-    return True
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: packed weights can be neither copied nor pickled."""
+        return {**self.__dict__, "_packed": None}
 
 
 class FoldedBlock(nn.Module):

@@ -1,0 +1,126 @@
+"""Convolutions, linear layers and attention through oneDNN, for inference on a CPU.
+
+`convolve`, `pack` and `linear` call operators that torch's own compiler emits for CPUs. They are not public: `usable`
+says whether they are there and do what they should. Where it says no, the callers do the same in plain torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Settings = tuple[Any, Any, Any]
+"""A convolution's stride, padding and dilation."""
+
+SCORES = 2**22
+"""Attention scores that are in memory at a time: 16 MB in float32."""
+
+
+def usable(x: Tensor) -> bool:
+    """Return whether what is computed from this tensor may go through this module."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return not torch.compiler.is_compiling() and _works(x.dtype)
+
+
+def plain_convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, settings: Settings, add: Tensor | None, relu: bool
+) -> Tensor:
+    """Convolve, add and apply ReLU one after the other, in plain torch."""
+    stride, padding, dilation = settings
+    x = F.conv2d(x, weight, bias, stride, padding, dilation)
+    if add is not None:
+        x = x + add
+    return x.relu() if relu else x
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, settings: Settings, add: Tensor | None, relu: bool) -> Tensor:
+    """Do what `plain_convolve` does in one pass over memory, `add` being overwritten; `weight` may be packed."""
+    stride, padding, dilation = settings
+    how: tuple[Any, ...] = (padding, stride, dilation, 1)
+    after = "relu" if relu else "none"
+    out: Tensor
+    if add is None:
+        out = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *how, after, [], "")
+    else:
+        sum_and_relu: tuple[Any, ...] = ("add", 1.0, "relu" if relu else None, [], "")
+        out = torch.ops.mkldnn._convolution_pointwise_.binary(add, x, weight, bias, *how, *sum_and_relu)
+    return out
+
+
+def pack(weight: Tensor, settings: Settings, input_shape: torch.Size) -> Tensor:
+    """Return a convolution's weight in the layout that oneDNN chooses for inputs of a shape, for `convolve`.
+
+    With a plain weight oneDNN rearranges it at each call: for the last stage of a ResNet, many weights and few pixels,
+    up to a fifth of the time.
+    """
+    stride, padding, dilation = settings
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, 1, list(input_shape)
+    )
+    return packed
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """A linear layer over `[..., C]`, with or without a ReLU.
+
+    torch gives float32 matrix products to MKL, which over the hundreds of tokens here is half as fast on some
+    processors.
+    """
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(
+        x.contiguous(), weight.contiguous(), bias, "relu" if relu else "none", [], ""
+    )
+    return out
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, nheads: int) -> Tensor:
+    """Multi-head attention with projected queries `[B, N, dim]` to keys and values `[B, M, dim]`.
+
+    Head by head, so that the scores stay in the processor's caches, and with `linear` for both products: torch's fused
+    attention multiplies through MKL. Scores and softmax are in float32, whatever the precision.
+    """
+    scale = (query.shape[-1] // nheads) ** -0.5
+    rows = max(1, SCORES // key.shape[1])
+    attended = torch.empty_like(query, memory_format=torch.contiguous_format)
+    # [B, N, dim] -> [B, nheads, N, dim/nheads], the values also transposed
+    queries, keys = (
+        x.unflatten(2, (nheads, -1)).transpose(1, 2).contiguous() for x in (query.float() * scale, key.float())
+    )
+    values = value.unflatten(2, (nheads, -1)).permute(0, 2, 3, 1).contiguous()
+    for out, *heads in zip(attended, queries, keys, values, strict=True):
+        for head, q, k, v in zip(out.tensor_split(nheads, 1), *heads, strict=True):
+            for target, some in zip(head.split(rows), q.split(rows), strict=True):
+                scores = linear(some, k)
+                torch.softmax(scores, -1, out=scores)
+                target.copy_(linear(scores.to(v.dtype), v))
+    return attended
+
+
+@functools.cache
+def _works(dtype: torch.dtype) -> bool:
+    """Return whether this torch on this processor has the operators for a dtype, found out by trying."""
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight, add = (
+        torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+        for shape in ((1, 16, 8, 8), (16, 16, 3, 3), (1, 16, 8, 8))
+    )
+    bias = torch.linspace(-1, 1, 16).to(dtype)
+    settings = ((1, 1), (1, 1), (1, 1))
+    close = functools.partial(torch.allclose, rtol=0.02, atol=0.1 if dtype == torch.bfloat16 else 1e-3)
+    try:
+        for kernel in (weight, pack(weight, settings, x.shape)):
+            for shortcut in (None, add):
+                wanted = plain_convolve(x, weight, bias, settings, shortcut, relu=True)
+                got = convolve(x, kernel, bias, settings, None if shortcut is None else shortcut.clone(), relu=True)
+                if not close(got, wanted):
+                    return False
+        rows, matrix = x.flatten(2).squeeze(0).t(), weight[:, :, 0, 0]
+        return close(linear(rows, matrix, bias, relu=True), F.linear(rows, matrix, bias).relu())
+    except (AttributeError, RuntimeError):
+        return False
