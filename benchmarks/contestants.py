@@ -193,6 +193,7 @@ def _forward(*side: Any) -> float:
 
 
 def _job(arguments: dict[str, Any], *side: Any) -> float:
+    _side(*side).forward()
     seconds: float = _side(*side).job(**arguments)
     return seconds
 
@@ -223,7 +224,7 @@ class Contestant(contextlib.AbstractContextManager["Contestant"]):
         return self._process.submit(_forward, *self._side).result()
 
     def job(self, **arguments: Any) -> float:
-        """Run the whole job; return seconds."""
+        """Run the model once to get going, then the whole job; return the job's seconds."""
         return self._process.submit(_job, arguments, *self._side).result()
 
     def peak_memory(self) -> float:

@@ -72,11 +72,21 @@ class DETRExtractor(LightningModule):
     def forward(
         self, pixels: Tensor, padding_mask: Tensor | None = None, keys: tuple[str, ...] | None = None
     ) -> dict[str, Tensor]:
-        """Return batch-first tensors for uint8 pixels `[B, 3, h, w]`; see `DETR.forward`."""
+        """Return batch-first tensors for uint8 pixels `[B, 3, h, w]`; see `DETR.forward`.
+
+        On a CPU the images of a batch go through the network one by one: its caches hold one image's features, memory
+        does not grow with the batch, and not a bit of a result depends on which images share it.
+        """
         if self.network is None:
             self.setup()
-        out: dict[str, Tensor] = self.network(pixels, padding_mask, keys or self.keys)  # type: ignore[misc]
-        return out
+        assert self.network is not None
+        keys = keys or self.keys
+        if pixels.device.type != "cpu" or len(pixels) == 1:
+            out: dict[str, Tensor] = self.network(pixels, padding_mask, keys)
+            return out
+        masks = [None] * len(pixels) if padding_mask is None else padding_mask.split(1)
+        single = [self.network(*one, keys) for one in zip(pixels.split(1), masks, strict=True)]
+        return {name: torch.cat([out[name] for out in single]) for name in single[0]}
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Any]:
         """Return the embeddings of a batch.

@@ -19,7 +19,7 @@ def keep_freed_memory() -> None:
 
     A feature map of DETR's first stage takes 55 MB in float32. By default glibc hands blocks of this size back to the
     system when they are freed, and the system clears every page anew for the next image: a tenth of an image's time.
-    What the process takes at its peak stays the same. It holds for the whole process and cannot be undone.
+    It holds for the whole process and cannot be undone, and the process stays as large as it has been.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -16,10 +16,11 @@ NEEDS_LIGHTNING = {"api.py", "cli.py", "extractor.py", "parser.py", "progress.py
 # What each part may import of the package, besides itself. Others join the parts and may import all.
 ALLOWED = {
     "model": {"embeddings"},
-    "data": {"embeddings"},
+    "data": {"embeddings", "runtime"},
     "store": {"embeddings", "export"},  # export is the command's alone, imported when it is asked for
     "embeddings": {"model"},  # the type of an architecture
     "detections": set(),
+    "runtime": set(),
 }
 
 

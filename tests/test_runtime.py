@@ -3,6 +3,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from coco_factory import Coco
 from command import RunCLI
 
+from detr_lightning.data.images import ImageRecord
+from detr_lightning.data.loading import ImageBatches
 from detr_lightning.embeddings import to_stored
 from detr_lightning.runtime import SideThreads
 
@@ -68,3 +71,16 @@ def test_files_are_written_by_such_threads(
     monkeypatch.setattr("detr_lightning.writer.to_stored", observed)
     assert run_cli("predict", *coco_folder.data, "--output_dir", tmp_path / "out").code == 0
     assert set(threads) == {1}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_images_of_a_batch_are_read_side_by_side() -> None:
+    both = threading.Barrier(2, timeout=20)
+
+    def read(record: ImageRecord, size: tuple[int, int]) -> torch.Tensor:
+        both.wait()
+        return torch.full((3, *size), record.image_id, dtype=torch.uint8)
+
+    records = [ImageRecord(number, f"{number}.jpg", 6, 4) for number in (1, 2)]
+    (batch,) = ImageBatches([records], read, lambda size: size, padded=False)
+    assert [int(pixels[0, 0, 0]) for pixels in batch["pixels"]] == batch["image_id"] == [1, 2]

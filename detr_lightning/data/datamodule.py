@@ -30,7 +30,7 @@ class COCODataModule(LightningDataModule):
         image_ids: Only these images.
         limit: Only the first so many images, by id.
         batch_size: The most images in a batch. It changes speed and memory, and with `exact` batching no result. By
-            default 1 on a CPU, whose caches hold one image's features and not eight's, and 8 elsewhere.
+            default 4 on a CPU, which reads that many at a time and computes them one by one, and 8 elsewhere.
         num_workers: Processes that read images. By default none on a CPU, where they would take the model's cores from
             it, and elsewhere one for each core besides the first of each device, at least 1 and at most 8.
         batching: `exact` puts only images of one resized size in a batch, so nothing is padded and no image changes
@@ -202,7 +202,7 @@ class COCODataModule(LightningDataModule):
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         device = trainer.strategy.root_device.type if trainer else "cpu"
-        batch_size = self.batch_size or (1 if device == "cpu" else 8)
+        batch_size = self.batch_size or (4 if device == "cpu" else 8)
         batches = plan_batches(
             self.records, self.resize, batch_size, self.hparams["batching"], finished, rank, world_size
         )

@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from detr_lightning.data.batching import Size, collate
 from detr_lightning.data.files import UnreadableImageError, locate
 from detr_lightning.data.images import ImageRecord
 from detr_lightning.data.transforms import read_pixels
+from detr_lightning.runtime import SideThreads
 
 Batch = list[ImageRecord]
 Reader = Callable[[ImageRecord, Size], Tensor]
@@ -44,16 +46,24 @@ class ImageBatches(Dataset[dict[str, Any]]):
         return len(self._batches)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        items, failed = [], []
-        for record in self._batches[index]:
-            size = self._resize(record.size)
-            try:
-                items.append((record, self._read(record, size), size))
-            except UnreadableImageError as error:
-                failed.append((record.image_id, error.reason))
-            except FileNotFoundError:
-                failed.append((record.image_id, "no such file"))
+        batch = self._batches[index]
+        sizes = [self._resize(record.size) for record in batch]
+        # A data worker is one of several already. Without them the model waits, and leaves its cores free.
+        threads = 1 if get_worker_info() else torch.get_num_threads()
+        with SideThreads(threads, "reader") as pool:
+            read = list(zip(batch, pool.map(self._pixels, batch, sizes), sizes, strict=True))
+        items = [(record, pixels, size) for record, pixels, size in read if isinstance(pixels, Tensor)]
+        failed = [(record.image_id, reason) for record, reason, _ in read if isinstance(reason, str)]
         return collate(items, self._padded, failed)
+
+    def _pixels(self, record: ImageRecord, size: Size) -> Tensor | str:
+        """Return an image's pixels, or the reason why there are none."""
+        try:
+            return self._read(record, size)
+        except UnreadableImageError as error:
+            return error.reason
+        except FileNotFoundError:
+            return "no such file"
 
 
 def read_file(image_dir: str, backend: str, max_pixels: int | None, record: ImageRecord, size: Size) -> Tensor:

@@ -95,11 +95,5 @@ class FoldedResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the features of the last stage, `[B, C, H, W]`, for images `[B, 3, h, w]`."""
         images = images.contiguous(memory_format=torch.channels_last)
-        if images.device.type != "cpu" or torch.compiler.is_compiling():
-            return self._features(images)
-        # One by one: a processor's caches hold one image's features, and so memory does not grow with the batch.
-        return torch.cat([self._features(image) for image in images.split(1)])
-
-    def _features(self, images: Tensor) -> Tensor:
         features: Tensor = self.blocks(self.maxpool(self.stem(images)))
         return features
