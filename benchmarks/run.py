@@ -194,7 +194,7 @@ def model_idle(dtype: str, folder: Path, options: argparse.Namespace) -> float:
         for _ in range(options.job_runs + 1):
             alone = sum(ours.forward() for _ in range(options.images))
             with tempfile.TemporaryDirectory() as output:
-                job = ours.job(folder=folder, output=Path(output) / "out", batch_size=1)
+                job = ours.job(folder=folder, output=Path(output) / "out")
             alone = (alone + sum(ours.forward() for _ in range(options.images))) / 2
             shares.append(1 - alone / job)
     return statistics.median(shares[1:])
