@@ -41,10 +41,15 @@ class SideThreads(ThreadPoolExecutor):
     """
 
     def __init__(self, number: int, name: str) -> None:
-        super().__init__(number, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(1,))
+        super().__init__(number, thread_name_prefix=name, initializer=_take_one_core)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the threads; see `concurrent.futures.Executor.shutdown`."""
         super().shutdown(wait, cancel_futures=cancel_futures)
         # Setting it in one thread also set what later threads would begin with.
         torch.set_num_threads(torch.get_num_threads())
+
+
+def _take_one_core() -> None:
+    torch.get_num_threads()  # A thread's first use of torch takes the process's latest number: before, not after.
+    torch.set_num_threads(1)

@@ -54,6 +54,10 @@ def test_threads_beside_the_model_leave_it_its_cores() -> None:
     with SideThreads(2, "side") as threads:
         assert list(threads.map(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
         assert torch.get_num_threads() == 2
+    with SideThreads(1, "side") as threads, SideThreads(1, "other") as others:
+        assert [pool.submit(lambda: None).result() for pool in (threads, others)] == [None, None]
+        others.shutdown()  # sets the process's number again, before the first thread has used torch
+        assert threads.submit(torch.get_num_threads).result() == 1
     with ThreadPoolExecutor(1) as later:
         assert later.submit(torch.get_num_threads).result() == 2
 
