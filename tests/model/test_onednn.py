@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 
 import pytest
 import torch
@@ -42,16 +43,13 @@ def test_attention_is_that_of_torch(
     assert error(got, wanted) < TOLERANCE[dtype]
 
 
-@DTYPES
-def test_many_queries_do_not_pass_through_the_attention_of_torch(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="torch has oneDNN on x86 processors")
+def test_many_queries_do_not_pass_through_the_attention_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.inference_mode():
-        if not onednn.usable(torch.zeros(1, dtype=dtype)):
-            pytest.skip("oneDNN is not to be had on this machine")
+        assert onednn.usable(torch.zeros(1))
         monkeypatch.delattr(F, "scaled_dot_product_attention")
-        x = random(1, 450, 64).to(dtype)
-        Attention(64, 4).to(dtype).attend(x, x, x)
+        x = random(1, 450, 64)
+        Attention(64, 4).attend(x, x, x)
 
 
 @DTYPES
