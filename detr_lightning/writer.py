@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import signal
 import threading
 from collections.abc import Sequence
@@ -16,16 +14,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from detr_lightning import __version__
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.embeddings import DTYPES, HostBatch, dtype_of, nbytes, one_of, split, to_stored
 from detr_lightning.extractor import DETRExtractor
-from detr_lightning.model import MEAN, STD
+from detr_lightning.provenance import provenance
 from detr_lightning.runtime import SideThreads
 from detr_lightning.store.remains import look
 from detr_lightning.store.run import IF_EXISTS, ExtractionRun
 
-VERSIONS = ("lightning", "torch", "torchvision", "pillow")
 QUEUED_IMAGES = 64
 """Images that may wait to be written. Then the model waits for the disk, and memory stays as it is."""
 
@@ -94,7 +90,9 @@ class EmbeddingWriter(BasePredictionWriter):
         failures = [
             {"id": record.image_id, "file_name": record.file_name, "reason": reason} for record, reason in data.failures
         ]
-        return ExtractionRun(self.output_dir, self._header(trainer, model, data), images, failures, self.if_exists)
+        settings = {"output_dir": str(self.output_dir), "dtype": self.dtype, "if_exists": self.if_exists}
+        header = provenance(trainer, model, data, settings)
+        return ExtractionRun(self.output_dir, header, images, failures, self.if_exists)
 
     def bytes_needed(self, model: DETRExtractor) -> int:
         """Return about how many bytes the planned images that are not finished will take."""
@@ -271,39 +269,6 @@ class EmbeddingWriter(BasePredictionWriter):
         with self._count:
             self.images_written += 1
             self.bytes_written += size
-
-    def _header(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> dict[str, Any]:
-        checkpoint = model.checkpoint
-        return {
-            "extract_type": model.hparams["extract_type"],
-            "embedding_keys": list(model.keys),
-            "categories": {str(number): name for number, name in sorted(data.categories.items())},
-            "model": {
-                "weights": checkpoint.name,
-                "sha256": checkpoint.sha256,
-                "architecture": vars(model.detr.architecture),
-            },
-            "preprocessing": {**data.preprocessing, "mean": MEAN, "std": STD},
-            "batching": data.batching,
-            "dtype": self.dtype,
-            "precision": str(trainer.precision) + (", TF32" if model.hparams["tf32"] else ""),
-            "versions": {
-                "detr-lightning": __version__,
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in VERSIONS},
-            },
-            "config": {
-                "model": dict(model.hparams),
-                "data": dict(data.hparams),
-                "writer": {"output_dir": str(self.output_dir), "dtype": self.dtype, "if_exists": self.if_exists},
-                "trainer": {
-                    "accelerator": trainer.accelerator.__class__.__name__,
-                    "devices": trainer.num_devices,
-                    "num_nodes": trainer.num_nodes,
-                    "precision": str(trainer.precision),
-                },
-            },
-        }
 
 
 def _gathered(trainer: Trainer, value: Any) -> list[Any]:

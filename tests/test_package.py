@@ -12,7 +12,16 @@ import pytest
 import detr_lightning
 
 PACKAGE = Path(detr_lightning.__file__).parent
-NEEDS_LIGHTNING = {"api.py", "cli.py", "extractor.py", "parser.py", "progress.py", "writer.py", "data/datamodule.py"}
+NEEDS_LIGHTNING = {
+    "api.py",
+    "cli.py",
+    "extractor.py",
+    "parser.py",
+    "progress.py",
+    "provenance.py",
+    "writer.py",
+    "data/datamodule.py",
+}
 # What each part may import of the package, besides itself. Others join the parts and may import all.
 ALLOWED = {
     "model": {"embeddings"},
