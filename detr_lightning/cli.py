@@ -13,10 +13,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 
+from detr_lightning import reports
 from detr_lightning.data.datamodule import COCODataModule
-from detr_lightning.embeddings import dtype_of, shape_of
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.parser import LINKS, CommandError, CommandParser, check_config
 from detr_lightning.processes import end_with_parent, sigterm_as_interrupt
@@ -40,7 +39,7 @@ class DETRCLI(LightningCLI):
     """LightningCLI with the two subcommands that extraction has."""
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False)
         self.summary: dict[str, float] = {}
         self._done = False
         self._began = time.monotonic()
@@ -115,7 +114,7 @@ class DETRCLI(LightningCLI):
         run = self.writer.plan(self.trainer, self.model, self.datamodule)
         self._done = run.complete
         needed, free = self.writer.bytes_needed(self.model), free_bytes(self.writer.output_dir)
-        self._say(*self._announcement(len(run.pending), len(run.finished), needed, free))
+        self._say(*reports.announcement(self.writer, self.model, self.datamodule, free))
         if needed > free:
             raise CommandError(
                 f"output_dir {self.writer.output_dir} needs {decimal(needed)}, but its disk has {decimal(free)} free. "
@@ -137,7 +136,7 @@ class DETRCLI(LightningCLI):
         metadata = self.writer.metadata
         if metadata is None:
             raise IncompleteError(f"The run ended before all images were in {self.writer.output_dir}.")
-        self._report(metadata, time.monotonic() - began)
+        self._say(*reports.result(self.writer, metadata, time.monotonic() - began, self.trainer.world_size))
 
     def before_validate(self) -> None:
         """Refuse what cannot be validated.
@@ -155,68 +154,17 @@ class DETRCLI(LightningCLI):
         self.trainer.validate(**kwargs, verbose=False)
         self.summary = self.model.metrics
         if _rank() == 0:
-            images = _count(len(self.datamodule.records), "image")
-            table = Table()
-            table.add_column("COCO metric")
-            table.add_column("value", justify="right")
-            for name, value in self.summary.items():
-                table.add_row(name, f"{value:.3f}")
-            Console().print(f"{self.model.checkpoint.name} on {images}", table, sep="\n", highlight=False)
+            images = reports.count(len(self.datamodule.records), "image")
+            said = f"{self.model.checkpoint.name} on {images}", reports.metrics(self.summary)
+            Console(markup=False).print(*said, sep="\n", highlight=False)
 
     def _check_precision(self) -> None:
-        asked, got = str(self.config_init[self.subcommand].trainer.precision or ""), str(self.trainer.precision)
+        asked = str(self.config_init[self.subcommand].trainer.precision or "")
         if asked.startswith("16") and self.trainer.strategy.root_device.type == "cpu":
             raise CommandError(
-                f"trainer.precision {asked} needs a GPU, and this run is on a CPU (where it would be {got}). "
+                f"trainer.precision {asked} needs a GPU, and this run is on a CPU. "
                 "Use bf16-mixed, bf16-true or 32-true."
             )
-
-    def _announcement(self, pending: int, finished: int, needed: int, free: int) -> list[Any]:
-        model, data = self.model, self.datamodule
-        lines = [f"{model.checkpoint.name}: {model.checkpoint.notes}"]
-        if self._done:
-            return [
-                *lines,
-                f"{self.writer.output_dir} is finished: {_count(finished, 'image')}, all there. Nothing to do.",
-            ]
-        there = f", {finished} more are there already" if finished else ""
-        lines.append(
-            f"{_count(pending, 'image')} to {self.writer.output_dir} ({model.hparams['extract_type']}){there}: "
-            f"about {decimal(needed)}, {decimal(free)} free"
-        )
-        if not data.records:
-            return lines
-        record = data.records[0]
-        table = Table(
-            title=f"Each image, such as {record.file_name} ({record.width}x{record.height})", title_justify="left"
-        )
-        for column, justify in (("key", "left"), ("shape", "left"), ("dtype", "left"), ("bytes", "right")):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
-        architecture = model.detr.architecture
-        feature_size = architecture.feature_size(data.resize(record.size))
-        for key in model.keys:
-            shape, dtype = shape_of(key, architecture, feature_size), dtype_of(key, self.writer.dtype)
-            size = dtype.itemsize
-            for side in shape:
-                size *= side
-            table.add_row(key, str(list(shape)), str(dtype).removeprefix("torch."), f"{size:,}")
-        return [*lines, table]
-
-    def _report(self, metadata: dict[str, Any], seconds: float) -> None:
-        writer, failed = self.writer, metadata["failed"]
-        written, size = writer.images_written, writer.bytes_written
-        table = Table(show_header=False)
-        others = " by rank 0" if self.trainer.world_size > 1 else ""
-        table.add_row("written", f"{_count(written, 'image')}{others}, {decimal(size)}")
-        table.add_row("folder", f"{writer.output_dir}: {_count(metadata['num_images'], 'image')} and metadata.json")
-        table.add_row("time", f"{seconds:.1f} s, {written / seconds:.2f} images/s")
-        if failed:
-            table.add_row("skipped", f"{_count(len(failed), 'image')}, listed under 'failed' in metadata.json")
-            for entry in failed[:10]:
-                table.add_row("", f"{entry['file_name']}: {entry['reason']}")
-        self._say(table)
-        if failed:
-            self._say(f"Warning: {_count(len(failed), 'image')} could not be read.")
 
     def _say(self, *things: Any) -> None:
         if _rank() == 0:
@@ -263,7 +211,3 @@ def _fail(message: str, code: int) -> int:
 def _rank() -> int:
     rank: int = getattr(rank_zero_only, "rank", 0)
     return rank
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + "s" * (number != 1)

@@ -43,6 +43,16 @@ def test_a_run_is_calm_and_a_second_one_has_nothing_to_do(
     assert [path.name for path in tmp_path.iterdir()] == ["embeddings_output"]
 
 
+def test_names_in_brackets_are_said_as_they_are(
+    run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = run_cli("predict", *coco_folder.data, "--data.limit", "1", "--output_dir", "[bold]out")
+    assert ran.code == 0, ran.err
+    assert "1 image to [bold]out" in ran.err
+    assert "[bold]out: 1 image and metadata.json" in ran.err
+
+
 def test_settings_come_from_yaml_and_flags_override_them(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path) -> None:
     config = tmp_path / "job.yaml"
     config.write_text(f"extract_type: encoder\noutput_dir: {tmp_path / 'a'}\ndata: {{limit: 1}}\n")
