@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from coco_factory import Coco, make_coco
 from command import RunCLI
 
 ROOT = Path(__file__).resolve().parents[1]
+Capture = pytest.CaptureFixture[str]
 
 
 def test_dry_run_announces_and_writes_nothing(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path) -> None:
@@ -199,12 +198,11 @@ def test_validate_refuses_what_it_cannot_compare(run_cli: RunCLI, tmp_path: Path
     assert "Traceback" not in ran.err
 
 
-def test_help_names_every_setting_and_only_two_subcommands() -> None:
+def test_help_names_every_setting_and_only_two_subcommands(run_cli: RunCLI, capsys: Capture) -> None:
     def ask(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "cli.py"), *words], capture_output=True, text=True, check=True
-        )
-        return done.stdout
+        with pytest.raises(SystemExit, match="0"):
+            run_cli(*words)
+        return capsys.readouterr().out
 
     overview = ask("--help")
     assert "predict" in overview
