@@ -25,14 +25,16 @@ from detr_lightning.store.state import BusyError
 from detr_lightning.writer import EmbeddingWriter
 
 INTERRUPTED = "Interrupted. What is finished is kept: run the same command again to go on."
-LOST = {
+FAILURES = {
     "DataLoader worker": "A process that reads images ended ({}). If memory ran out, set data.num_workers or "
     "data.batch_size lower. What is finished is kept: run the same command again to go on.",
     "ended before": "{}",
     "gloo": "Another rank ended: see its message ({}).",
     "Connection closed by peer": "Another rank ended: see its message ({}).",
+    "C++ compile": "model.compile needs a C++ compiler that works, such as g++ ({}). "
+    "Install one, or leave model.compile out.",
 }
-"""Errors of processes that were lost, by what torch says of them, and what to tell the user."""
+"""Errors of processes that were lost and of what is not installed, by what torch says of them, and what to tell."""
 
 
 class DETRCLI(LightningCLI):
@@ -194,9 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, BusyError, IncompleteError, ImportError, MisconfigurationException) as error:
         return _fail(str(error), 1)
     except RuntimeError as error:
-        for sign, message in LOST.items():
+        for sign, message in FAILURES.items():
             if sign in str(error):
-                return _fail(message.format(" ".join(str(error).split())), 1)
+                return _fail(message.format(str(error).strip().splitlines()[0]), 1)
         raise
     return 0
 

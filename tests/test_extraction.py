@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,18 @@ def test_half_precision_is_close(
         assert a.dtype == torch.float32
         assert torch.cosine_similarity(a, b).min() > 0.99
         assert not torch.equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
+def test_a_compiled_model_gives_the_same(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, reference: Path) -> None:
+    keys = EXTRACT_TYPES["all"]
+    argv = ("--output_dir", tmp_path / "out", "--model.compile", "true", "--model.keys", f"[{','.join(keys)}]")
+    ran = run_cli("predict", *coco_folder.data, *argv, "--data.image_ids", "[1,4,13]")
+    assert ran.code == 0, ran.err
+    expected = read(reference)
+    found = read(tmp_path / "out")
+    assert worst(found, {i: {key: expected[i][key] for key in keys} for i in (1, 4, 13)}) < 1e-5
 
 
 def test_the_same_file_has_the_same_bytes_in_two_runs(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path) -> None:
