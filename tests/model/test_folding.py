@@ -66,3 +66,15 @@ def test_folded_answers_do_not_depend_on_what_came_before(model: DETR, images: T
 def test_a_folded_model_shares_no_memory_with_the_original(model: DETR) -> None:
     theirs = {tensor.data_ptr() for tensor in model.state_dict().values()}
     assert not any(tensor.data_ptr() in theirs for tensor in fold(model).state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_on_another_device_nothing_is_left_on_the_cpu(model: DETR, dtype: torch.dtype, padded: bool) -> None:
+    # The meta device computes shapes alone and, as a GPU does, refuses tensors of the CPU. It knows no autocast, which
+    # the heads switch off: they are left out.
+    folded = fold(model).to("meta", dtype)
+    pixels = torch.zeros(2, 3, 64, 96, dtype=torch.uint8, device="meta")
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool, device="meta") if padded else None
+    out = folded(pixels, mask, keys := KEYS[:3])
+    assert [(out[key].device.type, out[key].dtype) for key in keys] == [("meta", dtype)] * len(keys)
