@@ -75,7 +75,8 @@ def smooth(store: EmbeddingStore, table: pd.DataFrame, number: int) -> list[int]
 def write(picture: Image.Image, path: Path) -> None:
     """Write a small PNG: 255 colours are enough for these pictures."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.quantize(255, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    few = picture.quantize(255, Image.Quantize.MEDIANCUT, kmeans=3, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
     print(f"{path}: {picture.width}x{picture.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
