@@ -190,6 +190,7 @@ def test_half_precision_is_close(
         assert not torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")  # torch's advice
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
 def test_a_compiled_model_gives_the_same(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, reference: Path) -> None:
