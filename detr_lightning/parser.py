@@ -41,7 +41,7 @@ class CommandParser(LightningArgumentParser):
         for target in LINKS.values():
             if target in text:
                 raise CommandError(_linked(target))
-        unknown = re.search(r"(?:unrecognized arguments: --|option '|[Kk]ey ')([\w.]+)", text)
+        unknown = re.search(r"(?:[Uu]nrecognized arguments: --|option '|[Kk]ey ')([\w.]+)", text)
         if unknown:
             near = difflib.get_close_matches(unknown[1], self.names, n=1)
             text += f". Did you mean {near[0]!r}?" if near else ""

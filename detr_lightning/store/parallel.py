@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,15 +33,18 @@ def track(items: Iterable[T], total: int, description: str, progress: bool | Non
     from rich.progress import Progress
 
     begun = time.monotonic()
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task(description, total=total)
     shown = bool(progress) or total > LONG_FILES
-    with Progress(console=Console(stderr=True), disable=not shown, transient=True) as bar:
-        task = bar.add_task(description, total=total)
+    with contextlib.ExitStack() as stack:
+        if shown:
+            stack.enter_context(bar)
         for done, item in enumerate(items, start=1):
             yield item
             bar.update(task, completed=done)
-            if bar.disable and time.monotonic() - begun > LONG_SECONDS:
-                bar.disable = False
-                bar.start()
+            if not shown and time.monotonic() - begun > LONG_SECONDS:
+                shown = True
+                stack.enter_context(bar)
 
 
 def in_threads(

@@ -126,6 +126,11 @@ def test_a_progress_bar_on_request_only_for_short_work(
     monkeypatch.setenv("FORCE_COLOR", "1")
     store.stack("query_embeddings")
     assert "Reading query_embeddings" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("detr_lightning.store.parallel.LONG_SECONDS", -1.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    store.stack("query_embeddings")
+    assert "Reading query_embeddings" in capsys.readouterr().err
 
 
 def test_feature_maps_are_row_major(store: EmbeddingStore) -> None:
