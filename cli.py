@@ -1,6 +1,6 @@
 """The command: `python cli.py predict --config configs/decoder.yaml`."""
 
-from detr_lightning.cli import main
+from detr_lightning.__main__ import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

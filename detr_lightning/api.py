@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import inspect
 import multiprocessing
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +28,7 @@ from detr_lightning.data.transforms import read_pixels, rgb, to_pixels
 from detr_lightning.embeddings import dtype_of, split
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.progress import ImageProgress, calm
+from detr_lightning.reports import SHOWN, count
 from detr_lightning.store import EmbeddingStore
 from detr_lightning.store.run import IncompleteError
 from detr_lightning.writer import EmbeddingWriter
@@ -67,21 +71,27 @@ def extract(
         **data: Further settings of `COCODataModule`, such as `limit`, `batch_size` or `on_error`.
 
     Returns:
-        Without `output_dir` the tensors of each image by its id, as in a `.pt` file, those that were
-        skipped left out; else the folder's store.
+        Without `output_dir` the tensors of each image by its id, as in a `.pt` file; else the folder's store. Images
+        that were skipped are left out, and a warning names them.
 
     Raises:
         ValueError: A setting that is not allowed, or an image that cannot be read.
         FileNotFoundError: An image, the folder, the annotations or the weights are not there.
-        TypeError: An image is neither a path nor a PIL image.
+        TypeError: An image is neither a path nor a PIL image, or there is no such setting.
     """
+    allowed = [*inspect.signature(COCODataModule).parameters, *inspect.signature(extract).parameters]
+    for name in data:
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(dict.fromkeys(allowed))}."
+            raise TypeError(f"extract has no setting {name!r}. {hint}")
     if multiprocessing.get_start_method() != "fork":
         data.setdefault("num_workers", 0)  # other workers would run the caller's script again
     folder = Path(images).expanduser() if isinstance(images, str | os.PathLike) else None
     if folder is not None and not folder.exists():
         raise FileNotFoundError(f"images: there is no file and no folder {folder}.")
     if folder is not None and folder.is_dir():
-        annotations = None if annotation_file is None else str(Path(annotation_file).expanduser())
+        annotations = None if annotation_file is None else os.fspath(annotation_file)
         datamodule = COCODataModule(str(folder), annotations, **data)
     elif annotation_file is not None:
         raise ValueError("annotation_file belongs to a folder of images, not to single ones.")
@@ -89,7 +99,7 @@ def extract(
         single = isinstance(images, str | os.PathLike | Image.Image)
         datamodule = ImageList.of([images] if single else list(images), **data)  # type: ignore[list-item, arg-type]
     extractor = DETRExtractor(os.fspath(weights), extract_type, keys, **(model or {}))
-    writer = None if output_dir is None else EmbeddingWriter(str(Path(output_dir).expanduser()), dtype, if_exists)
+    writer = None if output_dir is None else EmbeddingWriter(os.fspath(output_dir), dtype, if_exists)
     with calm():
         trainer = Trainer(
             accelerator=accelerator,
@@ -110,13 +120,22 @@ def extract(
     if writer:
         if writer.metadata is None:
             raise IncompleteError(f"The run ended before all images were in {writer.output_dir}.")
+        _warn_of([entry["file_name"] for entry in writer.metadata["failed"]])
         return EmbeddingStore(writer.output_dir)
     found = {
         image_id: {key: torch.empty(t.shape, dtype=dtype_of(key, dtype)).copy_(t) for key, t in tensors.items()}
         for batch in batches or ()
         for image_id, tensors in split(batch)  # type: ignore[arg-type]
     }
+    records = [*datamodule.records, *(record for record, _reason in datamodule.failures)]
+    _warn_of([record.file_name for record in records if record.image_id not in found])
     return dict(sorted(found.items()))
+
+
+def _warn_of(skipped: Sequence[str]) -> None:
+    if skipped:
+        names = ", ".join(map(repr, skipped[:SHOWN])) + (", ..." if len(skipped) > SHOWN else "")
+        warnings.warn(f"{count(len(skipped), 'image')} could not be read: {names}.", stacklevel=3)
 
 
 class ImageList(COCODataModule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.filesize import decimal
 
-from detr_lightning import reports
+from detr_lightning import __version__, reports
 from detr_lightning.data.datamodule import COCODataModule
+from detr_lightning.data.files import image_folder
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.parser import LINKS, CommandError, CommandParser, check_config
 from detr_lightning.processes import end_with_parent, sigterm_as_interrupt
@@ -51,7 +54,8 @@ class DETRCLI(LightningCLI):
             args=None if args is None else list(args),
             parser_class=CommandParser,
             parser_kwargs={
-                "description": "Extract what DETR has learned: its embeddings, for COCO or any folder of images."
+                "description": "Extract what DETR has learned: its embeddings, for COCO or any folder of images.",
+                "version": __version__,
             },
             save_config_callback=None,
             seed_everything_default=False,
@@ -99,6 +103,27 @@ class DETRCLI(LightningCLI):
                 check_config(Path(value or word))
         super().parse_arguments(parser, args)
 
+    def before_instantiate_classes(self) -> None:
+        """Look for the images before the weights, which may have to be fetched.
+
+        Raises:
+            FileNotFoundError: Their folder is not there.
+        """
+        data = self.config[self.subcommand].data
+        if not data.download:
+            image_folder(os.path.expanduser(data.image_dir))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the Trainer.
+
+        Raises:
+            CommandError: A setting's type is one that Lightning does not take.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except TypeError as error:
+            raise CommandError(f"trainer: {error}") from error
+
     @property
     def writer(self) -> EmbeddingWriter:
         """The callback that writes."""
@@ -144,8 +169,10 @@ class DETRCLI(LightningCLI):
         """Refuse what cannot be validated.
 
         Raises:
-            CommandError: There are no annotations, or the precision is not to be had.
+            CommandError: There are no annotations, the precision is not to be had, or a dry run is asked for.
         """
+        if self.config[self.subcommand].dry_run:
+            raise CommandError("--dry_run is for predict: validate writes nothing.")
         self._check_precision()
         if self.datamodule.annotation_file is None:
             raise CommandError("validate needs data.annotation_file: COCO annotations to compare with.")

@@ -60,11 +60,13 @@ def resolve_keys(extract_type: str = "decoder", keys: Sequence[str] | None = Non
     """Return the keys to extract: the explicit ones in their order, else those of the extract type.
 
     Raises:
-        ValueError: An unknown extract type or key, a key named twice, or an empty list.
+        ValueError: An unknown extract type or key, a key named twice, no list, or an empty one.
     """
     one_of("extract_type", extract_type, EXTRACT_TYPES)
     if keys is None:
         return EXTRACT_TYPES[extract_type]
+    if isinstance(keys, str):
+        raise ValueError(f"model.keys is {keys!r}, but must be a list, such as [{keys}].")
     if not keys:
         raise ValueError(f"model.keys is empty. Name at least one of {', '.join(KEYS)}, or leave it null.")
     for key in keys:

@@ -25,7 +25,9 @@ class DETRExtractor(LightningModule):
         weights: An official name such as `detr_resnet50`, a `.pth` file in the official layout, a Hugging Face DETR
             folder or hub id, or `random` (DETR-R50, seeded).
         extract_type: Which tensors to keep: `all`, `decoder`, `encoder` or `backbone`.
-        keys: An explicit list of tensors instead.
+        keys: Exactly these tensors instead, such as `[query_embeddings, pred_boxes]`. There are `backbone_features`,
+            `encoder_output`, `decoder_output`, `query_embeddings`, `pred_logits`, `pred_boxes` and, on request alone,
+            `cross_attention` and `encoder_layers`.
         nheads: Attention heads, where the checkpoint does not tell.
         dilation: Whether the last stage is dilated (DC5), where the checkpoint does not tell.
         compile: Run the network through `torch.compile`.
@@ -155,4 +157,5 @@ class DETRExtractor(LightningModule):
         if self.trainer.is_global_zero:
             self.metrics = evaluate(data.ground_truth(), results, [record.image_id for record in data.records])
         self.metrics = self.trainer.strategy.broadcast(self.metrics)
-        self.log_dict({name: self.metrics[name] for name in METRICS}, rank_zero_only=True)
+        # Equal on all ranks, so that their mean changes nothing; without it Lightning warns.
+        self.log_dict({name: self.metrics[name] for name in METRICS}, sync_dist=True)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from detr_lightning.objects import CORNERS, objects
 from detr_lightning.store.reading import EmbeddingStore
+
+# Below objects, which says what to install where pandas is missing.
+import pandas as pd  # isort: skip
 
 AREAS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
 """COCO's classes of an object's area in pixels: each reaches up to its number."""

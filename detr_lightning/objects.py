@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+try:
+    import pandas as pd
+except ImportError as missing:
+    raise ImportError("Tables of objects need pandas: pip install 'detr-lightning[analysis]'.") from missing
 
 from detr_lightning.detections import detect
 from detr_lightning.store.layout import replacing

@@ -37,7 +37,7 @@ class CommandParser(LightningArgumentParser):
         Raises:
             CommandError: Always.
         """
-        text = " ".join(str(ex or message).split())
+        text = _plain(" ".join(str(ex or message).split()))
         for target in LINKS.values():
             if target in text:
                 raise CommandError(_linked(target))
@@ -66,6 +66,19 @@ def check_config(path: Path) -> None:
         group, key = target.split(".")
         if isinstance(settings.get(group), dict) and key in settings[group]:
             raise CommandError(f"{path}: {_linked(target)}")
+
+
+def _plain(text: str) -> str:
+    """Say what jsonargparse says of types, and of where settings belong, in the words of the command line."""
+    wrong = re.search(r'Parser key "(.+?)": .*?Subtypes: \[(.*)\] Errors: .* Given value: (.*)', text)
+    wrong = wrong or re.search(r'Parser key "(.+?)": Expected an? (.*)\. Got value: (.*)', text)
+    if wrong and "." not in re.sub(r"typing\.", "", wrong[2]):  # of a class it says more
+        allowed = re.sub(r"<class '(\w+)'>", r"\1", wrong[2]).replace("NoneType", "null")
+        allowed = re.sub(r"list\[(\w+)\]", r"a list such as '[a, b]' (of \1)", allowed).replace("typing.Literal", "")
+        text = f"{wrong[1]} is {wrong[3]!r}, but must be one of: {allowed}"
+    if "before subcommand" in text:
+        text += ". Settings, --config among them, come after predict or validate"
+    return re.sub(r"(required: )(predict|validate)\.", r"\1--", text)
 
 
 def _linked(target: str) -> str:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from detr_lightning.reports import count
 from detr_lightning.writer import EmbeddingWriter
 
 QUIET = (
@@ -121,7 +122,7 @@ class ImageProgress(ProgressBar):
         if trainer.world_size > 1:
             what += f" (rank 0 of {trainer.world_size})"
         if not self.console.is_terminal and not self.console.is_jupyter:
-            self.console.print(f"{what}: {self._total} images to go", highlight=False)
+            self.console.print(f"{what}: {count(self._total, 'image')} to go", highlight=False)
             return
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -48,7 +48,9 @@ class EmbeddingWriter(BasePredictionWriter):
         threads: int = 2,
     ) -> None:
         super().__init__("batch")
-        self.output_dir = Path(output_dir)
+        if not output_dir:
+            raise ValueError("output_dir is empty. Name a folder; '.' is the one you are in.")
+        self.output_dir = Path(output_dir).expanduser()
         self.dtype = one_of("writer.dtype", dtype, DTYPES)
         self.if_exists = one_of("writer.if_exists", if_exists, IF_EXISTS)
         if threads < 1:
@@ -67,8 +69,14 @@ class EmbeddingWriter(BasePredictionWriter):
 
         Raises:
             OSError: The folder is a file, cannot be read, or (`if_exists` is `error`) is not empty.
-            ValueError: It holds another extraction, whose settings or images differ.
+            ValueError: It holds another extraction, whose settings or images differ, or the Trainer is to stop early.
         """
+        batches = trainer.limit_predict_batches
+        if isinstance(batches, int) or batches != 1.0:
+            raise ValueError(
+                f"trainer.limit_predict_batches (or trainer.fast_dev_run) ends the run after {batches} batches. "
+                "An extraction is finished when every image is there: choose images with data.limit or data.image_ids."
+            )
         data.setup("predict")
         if self.if_exists == "resume" and data.annotation_file is None:
             data.keep_ids(look(self.output_dir).file_ids)

@@ -117,8 +117,12 @@ def test_settings_reach_the_model_and_the_data(coco_folder: Coco, tiny_weights: 
         read(coco_folder.images, tiny_weights, model={"nheads": 8})
     with pytest.raises(ValueError, match="extract_type"):
         read(coco_folder.images, tiny_weights, extract_type="decoders")
-    with pytest.raises(TypeError, match="batchsize"):
+    with pytest.raises(TypeError, match=r"'batchsize'\. Did you mean 'batch_size'"):
         read(coco_folder.images, tiny_weights, batchsize=2)
+    with pytest.raises(TypeError, match=r"'device'\. It has .*accelerator"):
+        read(coco_folder.images, tiny_weights, device="cpu")
+    with pytest.raises(ValueError, match=r"must be a list, such as \[query_embeddings\]"):
+        read(coco_folder.images, tiny_weights, keys="query_embeddings")
 
 
 def test_a_probe_can_be_trained_on_what_is_returned(coco_folder: Coco, tiny_weights: Path) -> None:
@@ -233,15 +237,20 @@ def test_unreadable_images_stop_or_are_skipped(tiny_weights: Path, tmp_path: Pat
                 read([bad], tiny_weights)
         with pytest.raises(UnreadableImageError, match=r"image 1.*cannot be decoded.*on_error='skip'"):
             read(truncated, tiny_weights)
-        assert list(read(sources, tiny_weights, on_error="skip")) == [2]
+        with pytest.warns(
+            UserWarning, match=rf"3 images could not be read: '.*{body.name}', '.*{header.name}', 'image 4"
+        ):
+            assert list(read(sources, tiny_weights, on_error="skip")) == [2]
         settings = dict(weights=tiny_weights, output_dir=tmp_path / "out", on_error="skip", progress=False, **SMALL)
-        store = extract(sources, **settings)
+        with pytest.warns(UserWarning, match="3 images could not be read"):
+            store = extract(sources, **settings)
     assert isinstance(store, EmbeddingStore)
     assert store.image_ids == [2]
     assert [failed["id"] for failed in store.metadata["failed"]] == [1, 3, 4]
     with pytest.raises(UnreadableImageError, match=header.name):
         read(coco.images, tiny_weights, annotation_file=coco.annotations)
-    assert list(read(coco.images, tiny_weights, annotation_file=coco.annotations, on_error="skip")) == [7]
+    with pytest.warns(UserWarning, match="2 images could not be read"):
+        assert list(read(coco.images, tiny_weights, annotation_file=coco.annotations, on_error="skip")) == [7]
 
 
 def test_a_script_runs_once_and_says_little(coco_folder: Coco, tiny_weights: Path, tmp_path: Path) -> None:

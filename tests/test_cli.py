@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from coco_factory import Coco, make_coco
 from command import RunCLI
+
+import detr_lightning
 
 ROOT = Path(__file__).resolve().parents[1]
 Capture = pytest.CaptureFixture[str]
@@ -78,7 +82,14 @@ def test_settings_come_from_yaml_and_flags_override_them(run_cli: RunCLI, coco_f
         (["--writer.output_dir", "x"], ["output_dir (--output_dir)"]),
         (["--extract", "all"], ["extract"]),
         (["--data.batch_size", "0"], ["data.batch_size is 0"]),
-        (["--data.batch_size", "many"], ["data.batch_size", "many"]),
+        (["--data.batch_size", "many"], ["data.batch_size is 'many', but must be one of: int, null"]),
+        (["--model.keys", "pred_boxes"], ["model.keys is 'pred_boxes'", "a list such as '[a, b]'"]),
+        (["--model.weights", ""], ["model.weights is ''"]),
+        (["--trainer.precision", "8"], ["trainer.precision is '8'", "'bf16-mixed'"]),
+        (["--trainer.devices", "x"], ["devices"]),
+        (["--trainer.limit_predict_batches", "1"], ["trainer.limit_predict_batches", "data.limit"]),
+        (["--trainer.fast_dev_run", "true"], ["trainer.fast_dev_run", "data.limit"]),
+        (["--data.image_dir", ""], ["data.image_dir is empty"]),
         (["--data.limit", "0"], ["data.limit"]),
         (["--data.image_ids", "[2]"], ["2", "1"]),
         (["--data.batching", "exactly"], ["data.batching", "Did you mean 'exact'?"]),
@@ -125,6 +136,43 @@ def test_a_wrong_key_in_a_yaml_is_refused(
         assert words in ran.err
     assert "Traceback" not in ran.err
     assert len(ran.err) < 700, ran.err
+
+
+def test_settings_that_are_missing_or_in_the_wrong_place(run_cli: RunCLI, tmp_path: Path) -> None:
+    assert "required: --data.image_dir" in run_cli("predict").err
+    config = tmp_path / "job.yaml"
+    config.write_text("model: {weights: random}\n")
+    assert "--config among them, come after predict" in run_cli("--config", config, "predict").err
+    assert "output_dir is empty" in run_cli("predict", "--data.image_dir", tmp_path, "--output_dir", "").err
+
+
+def test_images_are_looked_for_before_weights(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path) -> None:
+    argv = ("predict", "--data.image_dir", tmp_path / "none", "--model.weights", tmp_path / "none.pth")
+    assert "data.image_dir does not exist" in run_cli(*argv).err
+    elsewhere = ("--data.image_dir", tmp_path, *coco_folder.data[2:])
+    ran = run_cli("predict", *elsewhere, "--data.on_error", "skip", "--output_dir", tmp_path / "out")
+    assert ran.code == 1
+    assert "none of the 8 images of" in ran.err
+
+
+def test_a_tilde_is_the_home_folder(
+    run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "coco").symlink_to(coco_folder.images.parent)
+    images, annotations = "~/coco/" + coco_folder.images.name, "~/coco/" + coco_folder.annotations.name
+    given = ("--data.image_dir", images, "--data.annotation_file", annotations, *coco_folder.data[4:])
+    ran = run_cli("predict", *given, "--data.limit", "1", "--output_dir", "~/out")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "out" / "metadata.json").is_file()
+
+
+def test_ctrl_c_while_the_command_is_imported() -> None:
+    imported = "import sys\nclass Meta:\n    def find_spec(self, name, *_):\n"
+    imported += "        if name == 'lightning': raise KeyboardInterrupt\nsys.meta_path.insert(0, Meta())\n"
+    script = imported + "from detr_lightning.__main__ import main\nraise SystemExit(main())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "Error: Interrupted before anything was done.\n")
 
 
 def test_an_output_folder_that_is_a_file(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path) -> None:
@@ -177,6 +225,16 @@ def test_validate_prints_the_twelve_numbers(run_cli: RunCLI, coco_folder: Coco) 
         assert f" {name} " in ran.out
 
 
+def test_validate_needs_no_area_and_no_crowds(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path) -> None:
+    content = json.loads(coco_folder.annotations.read_text())
+    for annotation in content["annotations"]:
+        del annotation["area"], annotation["iscrowd"]  # its box's, and 0
+    (tmp_path / "less.json").write_text(json.dumps(content))
+    less = run_cli("validate", *coco_folder.data, "--data.annotation_file", tmp_path / "less.json")
+    assert less.code == 0, less.err
+    assert less.out == run_cli("validate", *coco_folder.data).out
+
+
 def test_validate_refuses_what_it_cannot_compare(run_cli: RunCLI, tmp_path: Path) -> None:
     coco = make_coco(tmp_path, 3)
     small = coco.data[4:]
@@ -189,6 +247,14 @@ def test_validate_refuses_what_it_cannot_compare(run_cli: RunCLI, tmp_path: Path
     ran = run_cli("validate", "--data.image_dir", coco.images, "--data.annotation_file", tmp_path / "none.json", *small)
     assert ran.code == 1
     assert "no annotation" in ran.err
+
+    given = {**content, "annotations": [{**content["annotations"][0], "bbox": [1, 2]}]}
+    (tmp_path / "box.json").write_text(json.dumps(given))
+    ran = run_cli("validate", "--data.image_dir", coco.images, "--data.annotation_file", tmp_path / "box.json", *small)
+    assert ran.code == 1
+    assert "Each needs id, image_id, category_id and bbox" in ran.err
+
+    assert "for predict" in run_cli("validate", *coco.data, "--dry_run").err
 
     content["categories"].append({"id": 200, "name": "unicorn"})
     (tmp_path / "more.json").write_text(json.dumps(content))
@@ -208,6 +274,7 @@ def test_help_names_every_setting_and_only_two_subcommands(run_cli: RunCLI, caps
     assert "predict" in overview
     assert "validate" in overview
     assert "fit" not in overview.split()
+    assert detr_lightning.__version__ in ask("--version")
     text = ask("predict", "--help")
     for name in (
         "--extract_type",

@@ -62,6 +62,7 @@ def test_several_devices_count_each_image_once(demo: tuple[str, ...], run_cli: R
         [sys.executable, str(ROOT / "cli.py"), *argv], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
     two = numbers(done.stdout)
     assert len(two) == 12
     assert two == pytest.approx(one, abs=0.002)

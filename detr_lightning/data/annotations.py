@@ -63,6 +63,9 @@ def parse_annotations(source: Path) -> tuple[list[Entry], dict[int, str]]:
 def ground_truth(annotation_file: str, image_ids: Collection[int]) -> Any:
     """Return the annotations of a COCO file as a `pycocotools.coco.COCO`.
 
+    An annotation without `iscrowd` is no crowd, and one without `area` has its box's: files that are not COCO's own
+    often leave them out.
+
     Raises:
         ValueError: There is none for these images, or one is not COCO's.
     """
@@ -71,11 +74,15 @@ def ground_truth(annotation_file: str, image_ids: Collection[int]) -> Any:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             content = COCO(annotation_file)
-        annotated = {annotation["image_id"] for annotation in content.anns.values() if len(annotation["bbox"]) == 4}
-    except (KeyError, TypeError, AttributeError) as error:
+        for annotation in content.anns.values():
+            _x, _y, width, height = annotation["bbox"]
+            annotation.setdefault("area", width * height)
+            annotation.setdefault("iscrowd", 0)
+        annotated = {annotation["image_id"] for annotation in content.anns.values()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{annotation_file} has annotations that are not COCO's ({type(error).__name__}: {error}). "
-            "Each needs id, image_id, category_id, bbox and area."
+            "Each needs id, image_id, category_id and bbox."
         ) from error
     if annotated.isdisjoint(image_ids):
         raise ValueError(

@@ -26,7 +26,7 @@ class COCODataModule(LightningDataModule):
     Args:
         image_dir: The folder with the images.
         annotation_file: COCO's `instances_*.json` for them. Without it every image in the folder and its subfolders is
-            taken, and sizes come from the images' headers.
+            taken (`.jpg`, `.jpeg`, `.png`, `.bmp`, `.webp`, `.tif`, `.tiff`), and sizes come from the headers.
         image_ids: Only these images.
         limit: Only the first so many images, by id.
         batch_size: The most images in a batch. It changes speed and memory, and with `exact` batching no result. By
@@ -76,8 +76,8 @@ class COCODataModule(LightningDataModule):
         if batching == "padded" and batch_size is None:
             raise ValueError("data.batching padded needs data.batch_size: its results depend on it.")
         self.save_hyperparameters()
-        self.image_dir = image_dir
-        self.annotation_file = annotation_file
+        self.image_dir = os.path.expanduser(image_dir)
+        self.annotation_file = None if annotation_file is None else os.path.expanduser(annotation_file)
         self.batch_size = batch_size
         self.on_error = on_error
         self.resize = partial(resized_size, short_side=short_side, long_side=long_side)
@@ -144,6 +144,12 @@ class COCODataModule(LightningDataModule):
         if self.annotation_file is None:
             return read_folder(self.image_dir, self._known_ids, max_pixels)
         records, self.categories = read_coco(self.image_dir, self.annotation_file, failures, max_pixels)
+        named = [record.file_name for record in [*records, *(record for record, _reason in failures)]]
+        if not any(os.path.isfile(os.path.join(self.image_dir, name)) for name in named):
+            raise FileNotFoundError(
+                f"none of the {len(named)} images of {self.annotation_file} is in {self.image_dir}: no {named[0]!r}. "
+                "Set data.image_dir to the folder that their names are relative to."
+            )
         return records, failures
 
     def reader(self) -> Reader:

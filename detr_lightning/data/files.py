@@ -36,9 +36,9 @@ def image_folder(image_dir: str | Path) -> Path:
         FileNotFoundError: It does not exist, or is no folder.
     """
     folder = Path(image_dir)
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"data.image_dir {what}: {folder}")
+    if not image_dir or not folder.is_dir():
+        what = "is empty" if not image_dir else "is not a folder" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"data.image_dir {what}: {image_dir}")
     return folder
 
 

@@ -105,7 +105,7 @@ def _find(weights: str) -> _Source:
         return _Source(path.name, sha256, tensors, args, "from its args")
 
     name = path.resolve().name
-    if not path.is_dir():
+    if not weights or not path.is_dir():
         if path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt") or re.match(r"[/~.]", weights):
             raise FileNotFoundError(f"model.weights: there is no file or folder {weights!r}.")
         if not hugging_face.HUB_ID.fullmatch(weights):

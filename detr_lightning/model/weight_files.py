@@ -44,7 +44,7 @@ def read_pickled(path: Path) -> Any:
                 "If you trust its author, load it yourself and save {'model': model.state_dict()}."
             ) from None
         raise ValueError(
-            f"{path} is no whole file of weights ({first_line(error)}). Expected what torch.save wrote: "
+            f"{path} is no whole file of weights: torch cannot read it. Expected what torch.save wrote: "
             "{'model': state_dict} or a state_dict. Was it cut off while it was copied?"
         ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -95,13 +96,20 @@ class EmbeddingStore:
         Raises:
             KeyError: The store holds no such image; the nearest ids are named.
         """
-        if image_id in self._images:
-            return self._images[image_id]
+        try:
+            number = operator.index(image_id)
+        except TypeError:
+            raise UnknownImageError(
+                f"{image_id!r} is no image id of {self.folder}: ids are integers. "
+                "metadata['images'] lists each with its file_name."
+            ) from None
+        if number in self._images:
+            return self._images[number]
         ids = self.metadata["image_ids"]
-        message = f"image {image_id!r} is not among the {len(ids)} images of {self.folder}."
-        if ids and isinstance(image_id, int):
-            place = bisect.bisect(ids, image_id)
-            near = sorted(ids[max(0, place - 3) : place + 3], key=lambda other: abs(other - image_id))[:3]
+        message = f"image {number} is not among the {len(ids)} images of {self.folder}."
+        if ids:
+            place = bisect.bisect(ids, number)
+            near = sorted(ids[max(0, place - 3) : place + 3], key=lambda other: abs(other - number))[:3]
             message += f" The nearest ids: {', '.join(map(str, near))}."
         raise UnknownImageError(message)
 
@@ -183,7 +191,7 @@ class EmbeddingStore:
         def fill(row: int) -> None:
             tensor = pooled(self._reader.read(self.path(ids[row]), key), key, pool)
             if tensor.shape != first.shape:
-                advice = " Give pool='mean' or pool='max', or choose images of one size." if key in POOLED_AXES else ""
+                advice = " Pool it (pool='mean' or 'max'), or choose images of one size." if key in POOLED_AXES else ""
                 raise ValueError(
                     f"{key} of image {ids[0]} is {list(first.shape)} and of image {ids[row]} {list(tensor.shape)}: "
                     f"different shapes cannot be stacked.{advice}"

@@ -121,5 +121,4 @@ def _explained(path: Path) -> Iterator[None]:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch has no type of its own for what it cannot read.
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ValueError(f"{path} does not read: {reason}. {advice}") from error
+        raise ValueError(f"{path} does not read: torch finds no whole file there. {advice}") from error

@@ -183,7 +183,8 @@ def test_unknown_ids_name_the_nearest(store: EmbeddingStore) -> None:
         store[19]
     assert str(caught.value).startswith("image 19 is not among the 4 images of")
     assert "The nearest ids: 17, 27, 7." in str(caught.value)
-    with pytest.raises(KeyError, match="'139' is not among"):
+    assert store.image(torch.tensor(17)) == store.image(17)  # type: ignore[arg-type]
+    with pytest.raises(KeyError, match="'139' is no image id"):
         store["139"]  # type: ignore[index]
     with pytest.raises(KeyError, match="image 1000"):
         store.stack("query_embeddings", image_ids=[7, 1000])
@@ -196,9 +197,7 @@ def test_missing_keys_name_those_there_are(tmp_path: Path) -> None:
 
 
 def test_mixed_shapes_name_two_images_and_offer_pooling(store: EmbeddingStore) -> None:
-    expected = (
-        r"backbone_features of image 7 is \[512, 8, 10\] and of image 17 \[512, 10, 8\].*pool='mean' or pool='max'"
-    )
+    expected = r"backbone_features of image 7 is \[512, 8, 10\] and of image 17 \[512, 10, 8\].*pool='mean' or 'max'"
     with pytest.raises(ValueError, match=expected):
         store.stack("backbone_features")
 
