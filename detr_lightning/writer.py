@@ -74,7 +74,7 @@ class EmbeddingWriter(BasePredictionWriter):
         batches = trainer.limit_predict_batches
         if isinstance(batches, int) or batches != 1.0:
             raise ValueError(
-                f"trainer.limit_predict_batches (or trainer.fast_dev_run) ends the run after {batches} batches. "
+                f"trainer.limit_predict_batches (or trainer.fast_dev_run) ends the run early ({batches}). "
                 "An extraction is finished when every image is there: choose images with data.limit or data.image_ids."
             )
         data.setup("predict")

@@ -87,7 +87,7 @@ def test_settings_come_from_yaml_and_flags_override_them(run_cli: RunCLI, coco_f
         (["--model.weights", ""], ["model.weights is ''"]),
         (["--trainer.precision", "8"], ["trainer.precision is '8'", "'bf16-mixed'"]),
         (["--trainer.devices", "x"], ["devices"]),
-        (["--trainer.limit_predict_batches", "1"], ["trainer.limit_predict_batches", "data.limit"]),
+        (["--trainer.limit_predict_batches", "0.5"], ["trainer.limit_predict_batches", "data.limit"]),
         (["--trainer.fast_dev_run", "true"], ["trainer.fast_dev_run", "data.limit"]),
         (["--data.image_dir", ""], ["data.image_dir is empty"]),
         (["--data.limit", "0"], ["data.limit"]),
