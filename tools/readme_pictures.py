@@ -66,9 +66,10 @@ def row(pictures: Sequence[Image.Image], height: int) -> Image.Image:
 
 
 def smooth(store: EmbeddingStore, table: pd.DataFrame, number: int) -> list[int]:
-    """Choose images with four objects or more and little noise, whose JPEGs are small, and so will be the pictures."""
-    counts = table.image_id.value_counts()
-    pixels = {i: store.image(i)["width"] * store.image(i)["height"] for i in map(int, counts.index[counts >= 4])}
+    """Choose images with four objects or more, all of them sure, whose JPEGs and so the pictures are small."""
+    scores = table.groupby("image_id").score
+    chosen = scores.min()[(scores.size() >= 4) & (scores.min() > 0.85)].index
+    pixels = {i: store.image(i)["width"] * store.image(i)["height"] for i in map(int, chosen)}
     return sorted(pixels, key=lambda image_id: store.image_path(image_id).stat().st_size / pixels[image_id])[:number]
 
 
