@@ -41,8 +41,10 @@ class CommandParser(LightningArgumentParser):
         for target in LINKS.values():
             if target in text:
                 raise CommandError(_linked(target))
-        unknown = re.search(r"(?:[Uu]nrecognized arguments: --|option '|[Kk]ey ')([\w.]+)", text)
-        if unknown:
+        unknown = re.search(r"(?:[Uu]nrecognized arguments: --|[Oo]ption '|[Kk]ey ')([\w.]+)", text)
+        if unknown and unknown[1] in self.names:
+            text += ". Settings, --config among them, come after predict or validate"
+        elif unknown:
             near = difflib.get_close_matches(unknown[1], self.names, n=1)
             text += f". Did you mean {near[0]!r}?" if near else ""
         raise CommandError(text)
@@ -69,16 +71,14 @@ def check_config(path: Path) -> None:
 
 
 def _plain(text: str) -> str:
-    """Say what jsonargparse says of types, and of where settings belong, in the words of the command line."""
+    """Say what jsonargparse says of types in the words of the command line."""
     wrong = re.search(r'Parser key "(.+?)": .*?Subtypes: \[(.*)\] Errors: .* Given value: (.*)', text)
     wrong = wrong or re.search(r'Parser key "(.+?)": Expected an? (.*)\. Got value: (.*)', text)
     if wrong and "." not in re.sub(r"typing\.", "", wrong[2]):  # of a class it says more
         allowed = re.sub(r"<class '(\w+)'>", r"\1", wrong[2]).replace("NoneType", "null")
         allowed = re.sub(r"list\[(\w+)\]", r"a list such as '[a, b]' (of \1)", allowed).replace("typing.Literal", "")
         text = f"{wrong[1]} is {wrong[3]!r}, but must be one of: {allowed}"
-    if "before subcommand" in text:
-        text += ". Settings, --config among them, come after predict or validate"
-    return re.sub(r"(required: )(predict|validate)\.", r"\1--", text)
+    return re.sub(r"(required: |Key \")(predict|validate)\.", r"\1--", text)
 
 
 def _linked(target: str) -> str:

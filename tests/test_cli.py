@@ -82,7 +82,7 @@ def test_settings_come_from_yaml_and_flags_override_them(run_cli: RunCLI, coco_f
         (["--writer.output_dir", "x"], ["output_dir (--output_dir)"]),
         (["--extract", "all"], ["extract"]),
         (["--data.batch_size", "0"], ["data.batch_size is 0"]),
-        (["--data.batch_size", "many"], ["data.batch_size is 'many', but must be one of: int, null"]),
+        (["--data.batch_size", "many"], ["data.batch_size is 'many', but must be one of: "]),
         (["--model.keys", "pred_boxes"], ["model.keys is 'pred_boxes'", "a list such as '[a, b]'"]),
         (["--model.weights", ""], ["model.weights is ''"]),
         (["--trainer.precision", "8"], ["trainer.precision is '8'", "'bf16-mixed'"]),
@@ -139,7 +139,9 @@ def test_a_wrong_key_in_a_yaml_is_refused(
 
 
 def test_settings_that_are_missing_or_in_the_wrong_place(run_cli: RunCLI, tmp_path: Path) -> None:
-    assert "required: --data.image_dir" in run_cli("predict").err
+    said = run_cli("predict").err
+    assert "--data.image_dir" in said
+    assert "required" in said
     config = tmp_path / "job.yaml"
     config.write_text("model: {weights: random}\n")
     assert "--config among them, come after predict" in run_cli("--config", config, "predict").err
