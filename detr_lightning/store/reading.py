@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor
 
@@ -77,9 +77,9 @@ class EmbeddingStore:
         return iter(self.metadata["image_ids"])
 
     def __contains__(self, image_id: object) -> bool:
-        return image_id in self._images
+        return isinstance(image_id, SupportsIndex) and operator.index(image_id) in self._images
 
-    def __getitem__(self, image_id: int) -> dict[str, Tensor]:
+    def __getitem__(self, image_id: SupportsIndex) -> dict[str, Tensor]:
         """Return an image's tensors, read whole.
 
         Raises:
@@ -90,7 +90,7 @@ class EmbeddingStore:
     def __repr__(self) -> str:
         return f"EmbeddingStore({str(self.folder)!r}: {len(self)} images, {', '.join(self.embedding_keys)})"
 
-    def image(self, image_id: int) -> dict[str, Any]:
+    def image(self, image_id: SupportsIndex) -> dict[str, Any]:
         """Return what the metadata says of an image: `file_name`, `width`, `height`, `input_size`, `feature_size`.
 
         Raises:
@@ -113,11 +113,11 @@ class EmbeddingStore:
             message += f" The nearest ids: {', '.join(map(str, near))}."
         raise UnknownImageError(message)
 
-    def path(self, image_id: int) -> Path:
+    def path(self, image_id: SupportsIndex) -> Path:
         """Return the path of an image's embeddings."""
         return self.folder / layout.file_name(self.image(image_id)["id"])
 
-    def image_path(self, image_id: int, image_dir: str | os.PathLike[str] | None = None) -> Path:
+    def image_path(self, image_id: SupportsIndex, image_dir: str | os.PathLike[str] | None = None) -> Path:
         """Return the path of the image itself.
 
         Args:
@@ -137,7 +137,7 @@ class EmbeddingStore:
             raise FileNotFoundError(f"{path} is not there. Give image_dir, the folder in which the images are now.")
         return path
 
-    def load(self, image_id: int, key: str) -> Tensor:
+    def load(self, image_id: SupportsIndex, key: str) -> Tensor:
         """Return one tensor of an image, without reading the rest of its file.
 
         Raises:
@@ -225,7 +225,7 @@ class EmbeddingStore:
             image_ids = [image_id for image_id in self if image_id in targets]
         return EmbeddingDataset(self.folder, self._chosen(key, image_ids, pool), key, pool, targets)
 
-    def feature_map(self, image_id: int, key: str = "encoder_output") -> Tensor:
+    def feature_map(self, image_id: SupportsIndex, key: str = "encoder_output") -> Tensor:
         """Return a tensor with its places folded back to a map of the image.
 
         Args:

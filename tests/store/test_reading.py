@@ -183,7 +183,9 @@ def test_unknown_ids_name_the_nearest(store: EmbeddingStore) -> None:
         store[19]
     assert str(caught.value).startswith("image 19 is not among the 4 images of")
     assert "The nearest ids: 17, 27, 7." in str(caught.value)
-    assert store.image(torch.tensor(17)) == store.image(17)  # type: ignore[arg-type]
+    assert store.image(torch.tensor(17)) == store.image(17)
+    assert torch.tensor(17) in store
+    assert "17" not in store
     with pytest.raises(KeyError, match="'139' is no image id"):
         store["139"]  # type: ignore[index]
     with pytest.raises(KeyError, match="image 1000"):
