@@ -28,8 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from detr_lightning import COCODataModule, DETRExtractor, EmbeddingWriter
-from detr_lightning.embeddings import EXTRACT_TYPES
-from detr_lightning.model import DETR, normalise
+from detr_lightning.format.schema import EXTRACT_TYPES
+from detr_lightning.model.detr import DETR, normalise
 from detr_lightning.progress import calm
 
 PRECISIONS = {"float32": ("32-true", torch.float32), "bfloat16": ("bf16-true", torch.bfloat16)}

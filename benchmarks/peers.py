@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detr_lightning.data.transforms import resized_size
-from detr_lightning.model import MEAN, STD
+from detr_lightning.data.decode import resized_size
+from detr_lightning.model.detr import MEAN, STD
 
 
 class Peer:

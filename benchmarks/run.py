@@ -38,12 +38,11 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 from contestants import KEYS, PRECISIONS, Contestant, Ours, device, flops_of_one_image, pixels_of_one_image, timed
 
-from detr_lightning.data.files import locate
-from detr_lightning.data.images import ImageRecord
-from detr_lightning.data.transforms import read_pixels, resized_size
-from detr_lightning.model import DETR, fold, normalise
+from detr_lightning.data.decode import locate, read_pixels, resized_size
+from detr_lightning.data.records import ImageRecord
+from detr_lightning.format.files import save_tensors
 from detr_lightning.model.checkpoints import load
-from detr_lightning.store.layout import save_tensors
+from detr_lightning.model.detr import DETR, fold, normalise
 
 CONSOLE = Console(width=120)
 HERE = Path(__file__).parent
@@ -209,7 +208,7 @@ def stop(*_):
 import lightning.pytorch.cli
 if len(sys.argv) == 1:
     stop()
-from detr_lightning.cli import main
+from detr_lightning.command.cli import main
 from detr_lightning.extractor import DETRExtractor
 DETRExtractor.predict_step = stop
 sys.exit(main(sys.argv[1:]))

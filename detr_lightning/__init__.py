@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detr_lightning.api import extract
     from detr_lightning.data.datamodule import COCODataModule
+    from detr_lightning.extraction.writer import EmbeddingWriter
     from detr_lightning.extractor import DETRExtractor
     from detr_lightning.store import EmbeddingStore
-    from detr_lightning.writer import EmbeddingWriter
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,7 @@ _MODULES = {
     "COCODataModule": "detr_lightning.data.datamodule",
     "DETRExtractor": "detr_lightning.extractor",
     "EmbeddingStore": "detr_lightning.store",
-    "EmbeddingWriter": "detr_lightning.writer",
+    "EmbeddingWriter": "detr_lightning.extraction.writer",
     "extract": "detr_lightning.api",
 }
 

@@ -8,7 +8,7 @@ import sys
 def main() -> int:
     """Run the command line, and return its exit code."""
     try:
-        from detr_lightning.cli import main as command  # takes seconds, in which Ctrl-C deserves no traceback
+        from detr_lightning.command.cli import main as command  # takes seconds, in which Ctrl-C deserves no traceback
     except KeyboardInterrupt:
         print("Error: Interrupted before anything was done.", file=sys.stderr)
         return 130

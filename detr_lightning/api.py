@@ -19,19 +19,18 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from torch import Tensor
 
-from detr_lightning.data.batching import Size
+from detr_lightning.batch import split
+from detr_lightning.command.reports import SHOWN
 from detr_lightning.data.datamodule import COCODataModule
-from detr_lightning.data.files import UnreadableImageError, open_image
-from detr_lightning.data.images import Failure, ImageRecord
+from detr_lightning.data.decode import open_image, read_pixels, rgb, to_pixels
 from detr_lightning.data.loading import Reader
-from detr_lightning.data.transforms import read_pixels, rgb, to_pixels
-from detr_lightning.embeddings import dtype_of, split
+from detr_lightning.data.records import Failure, ImageRecord, Size
+from detr_lightning.errors import IncompleteError, SettingError, SettingTypeError, UnreadableImageError, count
+from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
+from detr_lightning.format.schema import dtype_of
 from detr_lightning.progress import ImageProgress, calm
-from detr_lightning.reports import SHOWN, count
 from detr_lightning.store import EmbeddingStore
-from detr_lightning.store.run import IncompleteError
-from detr_lightning.writer import EmbeddingWriter
 
 Source = str | os.PathLike[str] | Image.Image
 
@@ -84,7 +83,7 @@ def extract(
         if name not in allowed:
             near = difflib.get_close_matches(name, allowed, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(dict.fromkeys(allowed))}."
-            raise TypeError(f"extract has no setting {name!r}. {hint}")
+            raise SettingTypeError(f"extract has no setting {name!r}. {hint}")
     if multiprocessing.get_start_method() != "fork":
         data.setdefault("num_workers", 0)  # other workers would run the caller's script again
     folder = Path(images).expanduser() if isinstance(images, str | os.PathLike) else None
@@ -94,7 +93,7 @@ def extract(
         annotations = None if annotation_file is None else os.fspath(annotation_file)
         datamodule = COCODataModule(str(folder), annotations, **data)
     elif annotation_file is not None:
-        raise ValueError("annotation_file belongs to a folder of images, not to single ones.")
+        raise SettingError("annotation_file belongs to a folder of images, not to single ones.")
     else:
         single = isinstance(images, str | os.PathLike | Image.Image)
         datamodule = ImageList.of([images] if single else list(images), **data)  # type: ignore[list-item, arg-type]
@@ -156,10 +155,10 @@ class ImageList(COCODataModule):
             ValueError: There is none.
         """
         if not sources:
-            raise ValueError("images: the list is empty.")
+            raise SettingError("images: the list is empty.")
         for number, source in enumerate(sources, start=1):
             if not isinstance(source, str | os.PathLike | Image.Image):
-                raise TypeError(
+                raise SettingTypeError(
                     f"images: number {number} is of type {type(source).__name__}, but must be a path or a PIL image. "
                     "PIL.Image.fromarray makes one of an array."
                 )

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from detr_lightning.errors import SettingError
+
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """COCO's twelve numbers in COCO's order: average precision, then average recall; s, m and l are object sizes."""
 
@@ -86,7 +88,7 @@ def evaluate(
 
     known = set(coco_ground_truth.getImgIds())
     if strangers := {row["image_id"] for row in results} - known:
-        raise ValueError(
+        raise SettingError(
             f"image {min(strangers)} has detections but is not in the annotations, which list {len(known)} images. "
             "Give the annotation file of the images that were detected on."
         )

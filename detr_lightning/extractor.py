@@ -9,10 +9,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from detr_lightning.detections import METRICS, coco_results, detect, evaluate
-from detr_lightning.embeddings import PREDICTIONS, resolve_keys
-from detr_lightning.model import DETR, fold
+from detr_lightning.errors import SettingError
+from detr_lightning.format.schema import PREDICTIONS, resolve_keys
 from detr_lightning.model.checkpoints import load
-from detr_lightning.runtime import keep_freed_memory
+from detr_lightning.model.detr import DETR, fold
+from detr_lightning.system import keep_freed_memory
 
 
 class DETRExtractor(LightningModule):
@@ -131,7 +132,7 @@ class DETRExtractor(LightningModule):
         beyond = {i: name for i, name in self.trainer.datamodule.categories.items() if not 0 <= i <= highest}  # type: ignore[attr-defined]
         if beyond:
             some = ", ".join(f"{i} ({name})" for i, name in list(beyond.items())[:5])
-            raise ValueError(
+            raise SettingError(
                 f"The annotations have categories that the model has no logit for: {some}. "
                 f"Its logits are the category ids 0 to {highest}; use weights trained on these categories."
             )

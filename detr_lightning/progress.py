@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from detr_lightning.reports import count
-from detr_lightning.writer import EmbeddingWriter
+from detr_lightning.errors import count
+from detr_lightning.extraction.writer import EmbeddingWriter
 
 QUIET = (
     r".*does not have many workers.*",

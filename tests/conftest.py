@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from coco_factory import Coco, make_coco
-from command import Ran, RunCLI
+from ran import Ran, RunCLI
 
 # Models this small are faster on one thread. With several, MKL may use fewer on a busy machine, and rounds otherwise.
 torch.set_num_threads(1)
@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DETR of a few layers, random but always the same, as a file in the official layout."""
-    from detr_lightning.model import DETR, Architecture
+    from detr_lightning.model.detr import DETR, Architecture
 
     architecture = Architecture(
         block="basic",
@@ -55,7 +55,7 @@ def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Coco:
 @pytest.fixture
 def run_cli(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCLI:
     """Run the command in this process, with the tiny weights unless others are named."""
-    from detr_lightning.cli import main
+    from detr_lightning.command.cli import main
 
     def run(*args: str | Path) -> Ran:
         words = [str(arg) for arg in args]

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from detr_lightning.embeddings import EXTRACT_TYPES, dtype_of, shape_of
-from detr_lightning.store import EmbeddingStore, layout
+from detr_lightning.format import files, schema
+from detr_lightning.format.schema import EXTRACT_TYPES, dtype_of, shape_of
+from detr_lightning.store import EmbeddingStore
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO = ROOT.parent / "shared" / "coco"
@@ -92,7 +93,7 @@ def make_store(
         _predict(tensors, objects, (image["height"], image["width"]), feature_size, centers)
         tensors["query_embeddings"] = tensors["decoder_output"][-1].clone()
         stored = {key: tensors[key].to(dtype_of(key, dtype)) for key in keys}
-        size = layout.save_tensors(folder, image["id"], stored)
+        size = files.save_tensors(folder, image["id"], stored)
         entry = {name: image[name] for name in ("id", "file_name", "width", "height")}
         entry |= {"input_size": [side * 32 for side in feature_size], "feature_size": list(feature_size), "bytes": size}
         images.append(entry)
@@ -112,13 +113,13 @@ def make_store(
         "versions": {"torch": torch.__version__},
         "config": {"data": {"image_dir": str(image_dir) if image_dir else None}},
     }
-    layout.write_json(folder / layout.METADATA, metadata)
+    files.write_json(folder / schema.METADATA, metadata)
     return EmbeddingStore(folder)
 
 
 def edit_metadata(folder: Path, **changes: Any) -> None:
     """Change keys of a folder's metadata; None removes one."""
-    path = folder / layout.METADATA
+    path = folder / schema.METADATA
     metadata = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
 

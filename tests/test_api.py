@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from coco_factory import Coco, make_coco
-from command import RunCLI
+from ran import RunCLI
 from lightning.pytorch import Trainer
 from PIL import Image
 
 from detr_lightning import DETRExtractor, EmbeddingStore, extract
-from detr_lightning.data.files import UnreadableImageError
+from detr_lightning.errors import UnreadableImageError
 
 SMALL = {"short_side": 64, "long_side": 128, "num_workers": 0}
 Tensors = dict[str, torch.Tensor]

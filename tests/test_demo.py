@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import RunCLI
+from ran import RunCLI
 
 from detr_lightning.store.verify import verify
 

@@ -14,22 +14,25 @@ import detr_lightning
 PACKAGE = Path(detr_lightning.__file__).parent
 NEEDS_LIGHTNING = {
     "api.py",
-    "cli.py",
-    "extractor.py",
-    "parser.py",
-    "progress.py",
-    "provenance.py",
-    "writer.py",
+    "command/cli.py",
+    "command/parser.py",
     "data/datamodule.py",
+    "extraction/provenance.py",
+    "extraction/writer.py",
+    "extractor.py",
+    "progress.py",
 }
-# What each part may import of the package, besides itself. Others join the parts and may import all.
+# The parts of the package that each part may import, besides itself. Others join the parts and may import all.
 ALLOWED = {
-    "model": {"embeddings"},
-    "data": {"embeddings", "runtime"},
-    "store": {"embeddings", "export"},  # export is the command's alone, imported when it is asked for
-    "embeddings": {"model"},  # the type of an architecture
-    "detections": set(),
-    "runtime": set(),
+    "errors": set(),
+    "system": set(),
+    "format": {"errors", "model"},  # model: the type of an architecture
+    "model": {"errors", "format"},
+    "data": {"errors", "format", "system"},
+    "detections": {"errors"},
+    "parallel": set(),
+    "store": {"errors", "format", "parallel", "detections", "command"},  # command: the alias store/__main__.py
+    "analysis": {"errors", "format", "parallel", "detections", "store"},
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr_lightning.model.official import OFFICIAL
+from detr_lightning.model.detr.official import OFFICIAL
 
 WEIGHTS = Path(torch.hub.get_dir()) / "checkpoints" / OFFICIAL["detr_resnet50"].file
 IMAGE = Path(__file__).resolve().parents[1] / "data" / "coco" / "val2017" / "000000039769.jpg"

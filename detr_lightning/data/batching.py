@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 
-from detr_lightning.data.images import ImageRecord
-from detr_lightning.embeddings import one_of
+from detr_lightning.data.records import ImageRecord, Size
+from detr_lightning.errors import SettingError, check_choice
 
 BATCHINGS = ("exact", "padded")
 """What `data.batching` may be."""
-
-Size = tuple[int, int]
-"""Height and width."""
 
 
 def plan_batches(
@@ -47,11 +44,11 @@ def plan_batches(
     Raises:
         ValueError: A batch size below 1, an unknown batching, or a rank outside `world_size`.
     """
-    one_of("data.batching", batching, BATCHINGS)
+    check_choice("data.batching", batching, BATCHINGS)
     if batch_size < 1:
-        raise ValueError(f"data.batch_size is {batch_size}; it must be at least 1.")
+        raise SettingError(f"data.batch_size is {batch_size}; it must be at least 1.")
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}; with world_size {world_size} it must be from 0 to {world_size - 1}.")
+        raise SettingError(f"rank is {rank}; with world_size {world_size} it must be from 0 to {world_size - 1}.")
     finished = frozenset(finished)
     records = sorted(records, key=lambda record: record.image_id)
     sizes = {size: resize(size) for size in {record.size for record in records}}
@@ -88,7 +85,7 @@ def collate(
     """
     sizes = [size for _, _, size in items]
     if not padded and len(set(sizes)) > 1:
-        raise ValueError(f"images of different sizes {sorted(set(sizes))} need data.batching padded")
+        raise SettingError(f"images of different sizes {sorted(set(sizes))} need data.batching padded")
     height, width = (max(sides) for sides in zip(*sizes, strict=True)) if sizes else (0, 0)
     shape = (len(items), height, width, 3)
     pixels = torch.zeros(shape, dtype=torch.uint8) if padded else torch.empty(shape, dtype=torch.uint8)

@@ -11,13 +11,13 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 
-from detr_lightning.data.annotations import ground_truth
 from detr_lightning.data.batching import BATCHINGS, plan_batches
-from detr_lightning.data.files import UnreadableImageError, image_folder
-from detr_lightning.data.images import Failure, ImageRecord, read_coco, read_folder, select
+from detr_lightning.data.coco import ground_truth
+from detr_lightning.data.decode import BACKENDS, image_folder, resized_size
 from detr_lightning.data.loading import ImageBatches, Reader, leave_signals_to_parent, read_file, unwrap
-from detr_lightning.data.transforms import BACKENDS, resized_size
-from detr_lightning.embeddings import one_of
+from detr_lightning.data.records import Failure, ImageRecord
+from detr_lightning.data.sources import read_coco, read_folder, select
+from detr_lightning.errors import SettingError, UnreadableImageError, check_choice
 
 
 class COCODataModule(LightningDataModule):
@@ -63,18 +63,18 @@ class COCODataModule(LightningDataModule):
         download: bool = False,
     ) -> None:
         super().__init__()
-        one_of("data.batching", batching, BATCHINGS)
-        one_of("data.image_backend", image_backend, BACKENDS)
-        one_of("data.on_error", on_error, ("raise", "skip"))
+        check_choice("data.batching", batching, BATCHINGS)
+        check_choice("data.image_backend", image_backend, BACKENDS)
+        check_choice("data.on_error", on_error, ("raise", "skip"))
         lowest = {"batch_size": 1, "num_workers": 0, "limit": 1, "short_side": 1, "long_side": 1, "max_image_pixels": 1}
         for name, least in lowest.items():
             value = locals()[name]
             if value is not None and value < least:
-                raise ValueError(f"data.{name} is {value}, but must be at least {least}.")
+                raise SettingError(f"data.{name} is {value}, but must be at least {least}.")
         if long_side < short_side:
-            raise ValueError(f"data.long_side ({long_side}) is less than data.short_side ({short_side}).")
+            raise SettingError(f"data.long_side ({long_side}) is less than data.short_side ({short_side}).")
         if batching == "padded" and batch_size is None:
-            raise ValueError("data.batching padded needs data.batch_size: its results depend on it.")
+            raise SettingError("data.batching padded needs data.batch_size: its results depend on it.")
         self.save_hyperparameters()
         self.image_dir = os.path.expanduser(image_dir)
         self.annotation_file = None if annotation_file is None else os.path.expanduser(annotation_file)
@@ -183,7 +183,7 @@ class COCODataModule(LightningDataModule):
             ValueError: There is no annotation for the images, or one of them is not COCO's.
         """
         if self.annotation_file is None:
-            raise ValueError("data.annotation_file is not set: validation needs COCO annotations to compare with.")
+            raise SettingError("data.annotation_file is not set: validation needs COCO annotations to compare with.")
         return ground_truth(self.annotation_file, {record.image_id for record in self.records})
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:

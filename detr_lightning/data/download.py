@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from detr_lightning.errors import SettingError
+
 BASE_URL = "http://images.cocodataset.org/"
 CHUNK = 1 << 20
 
@@ -118,7 +120,7 @@ def _fetch(archive: Archive, folder: Path) -> Path:
     md5 = _md5(path)
     if md5 != archive.md5:
         path.unlink()
-        raise ValueError(f"{url} arrived with md5 {md5} instead of {archive.md5}, and was removed. Try again.")
+        raise SettingError(f"{url} arrived with md5 {md5} instead of {archive.md5}, and was removed. Try again.")
     return path
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from detr_lightning.data.batching import Size, collate
-from detr_lightning.data.files import UnreadableImageError, locate
-from detr_lightning.data.images import ImageRecord
-from detr_lightning.data.transforms import read_pixels
-from detr_lightning.runtime import SideThreads
+from detr_lightning.data.batching import collate
+from detr_lightning.data.decode import locate, read_pixels
+from detr_lightning.data.records import ImageRecord, Size
+from detr_lightning.errors import UnreadableImageError
+from detr_lightning.system import SideThreads
 
 Batch = list[ImageRecord]
 Reader = Callable[[ImageRecord, Size], Tensor]

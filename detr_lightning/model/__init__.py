@@ -1,6 +1,1 @@
-"""DETR in plain torch and torchvision."""
-
-from detr_lightning.model.detr import DETR, MEAN, STD, Architecture, normalise
-from detr_lightning.model.folding import fold
-
-__all__ = ["DETR", "MEAN", "STD", "Architecture", "fold", "normalise"]
+"""Networks in plain torch, and how a name, a file or a folder becomes one with its weights."""

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_lightning.embeddings import one_of
-from detr_lightning.model import hugging_face
-from detr_lightning.model.detr import DETR, Architecture
-from detr_lightning.model.official import OFFICIAL, fetch
+from detr_lightning.errors import InputError, check_choice
+from detr_lightning.model.detr import hugging_face
+from detr_lightning.model.detr.detr import DETR, Architecture
+from detr_lightning.model.detr.official import OFFICIAL, fetch
 from detr_lightning.model.weight_files import read_pickled, sha256_of
 
 __all__ = ["OFFICIAL", "RANDOM", "Checkpoint", "load"]
@@ -109,7 +109,9 @@ def _find(weights: str) -> _Source:
         if path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt") or re.match(r"[/~.]", weights):
             raise FileNotFoundError(f"model.weights: there is no file or folder {weights!r}.")
         if not hugging_face.HUB_ID.fullmatch(weights):
-            one_of("model.weights", weights, [*OFFICIAL, RANDOM, "a .pth file", "a Hugging Face folder or hub id"])
+            check_choice(
+                "model.weights", weights, [*OFFICIAL, RANDOM, "a .pth file", "a Hugging Face folder or hub id"]
+            )
         path, name = hugging_face.from_hub(weights), weights
     tensors, config, files = hugging_face.read_folder(path)
     return _Source(name, sha256_of(files), tensors, config, "from its config.json")
@@ -118,18 +120,18 @@ def _find(weights: str) -> _Source:
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the DETR part of a file in the official layout, and what its `args` tell."""
     if path.suffix == ".safetensors":
-        raise ValueError(
+        raise InputError(
             f"{path} says nothing of its model. Give its folder, with the config.json, instead of the file."
         )
     content = read_pickled(path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}. Expected {{'model': state_dict}} or a state_dict.")
+        raise InputError(f"{path} holds a {type(content).__name__}. Expected {{'model': state_dict}} or a state_dict.")
     args = content.get("args")
     state = content.get("model", content)
     tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}
     if not tensors:
         found = ", ".join(map(repr, list(content)[:6])) or "nothing"
-        raise ValueError(f"{path} holds no tensors, but {found}. Expected {{'model': state_dict}} or a state_dict.")
+        raise InputError(f"{path} holds no tensors, but {found}. Expected {{'model': state_dict}} or a state_dict.")
     tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     if any(name.startswith("detr.") for name in tensors):  # with a mask head, which embeddings do not need
         tensors = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("detr.")}
@@ -148,13 +150,13 @@ def _sizes(source: _Source) -> Architecture:
         "backbone.1.row_embed.weight": "a DETR with learned positions",
     }.items():
         if sign in tensors:
-            raise ValueError(
+            raise InputError(
                 f"{name} is {kind}: it holds {sign}. Only DETR as published, post-norm with sines, is read."
             )
 
     def shape(key: str, dims: int) -> torch.Size:
         if key not in tensors or tensors[key].dim() != dims:
-            raise ValueError(f"{name} is no DETR: {key} is {'misshaped' if key in tensors else 'missing'}.")
+            raise InputError(f"{name} is no DETR: {key} is {'misshaped' if key in tensors else 'missing'}.")
         return tensors[key].shape
 
     def count(prefix: str) -> int:
@@ -179,7 +181,7 @@ def _settle(source: _Source, setting: str, given: Any, default: Any) -> tuple[An
     if known is None:
         return (default, "the default: the file does not say") if given is None else (given, "as given")
     if given is not None and given != known:
-        raise ValueError(
+        raise InputError(
             f"model.{setting} is {given!r}, but {source.name} has {setting} {known!r} ({source.known_from}). "
             f"Leave model.{setting} out."
         )
@@ -190,12 +192,12 @@ def _checked(architecture: Architecture) -> Architecture:
     """Refuse what cannot be built."""
     heads, width = architecture.nheads, architecture.hidden_dim
     if heads < 1 or width % heads:
-        raise ValueError(
+        raise InputError(
             f"model.nheads is {heads}, which does not divide the model's width of {width}. "
             "Set it to the number of heads that the model was trained with."
         )
     if architecture.dilation and architecture.block == "basic":
-        raise ValueError(
+        raise InputError(
             "model.dilation is True, but only ResNets of bottleneck blocks, 50 layers and more, have a dilated form. "
             f"This is a {replace(architecture, dilation=False).name}."
         )
@@ -216,7 +218,7 @@ def _fill(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) 
     ]
     if wrong:
         more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(f"{name} does not fit a {architecture.name}: {'; '.join(wrong[:4])}{more}.")
+        raise InputError(f"{name} does not fit a {architecture.name}: {'; '.join(wrong[:4])}{more}.")
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 

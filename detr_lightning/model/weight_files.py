@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from detr_lightning.errors import InputError
+
 
 def sha256_of(files: Iterable[Path]) -> str:
     """Return the sha256 of files, as if they were one."""
@@ -39,11 +41,11 @@ def read_pickled(path: Path) -> Any:
     except Exception as error:  # what foreign bytes make an unpickler raise has no common type
         wanted = re.search(r"Unsupported (?:global|class|operand).*?([\w.]+\.\w+)", str(error))
         if wanted:
-            raise ValueError(
+            raise InputError(
                 f"{path} was refused: reading it would run {wanted[1]}, which weights do not need. Nothing was run. "
                 "If you trust its author, load it yourself and save {'model': model.state_dict()}."
             ) from None
-        raise ValueError(
+        raise InputError(
             f"{path} is no whole file of weights: torch cannot read it. Expected what torch.save wrote: "
             "{'model': state_dict} or a state_dict. Was it cut off while it was copied?"
         ) from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detr_lightning.store import layout, records
+from detr_lightning.format import reader, schema
 
 POOLED_AXES: dict[str, tuple[int, ...]] = {
     "backbone_features": (1, 2),  # [C, H, W] -> [C]
@@ -51,12 +51,12 @@ class EmbeddingDataset(Dataset[tuple[Tensor, Any]]):
         self.key = key
         self.pool = pool
         self.targets = targets
-        self._reader = records.TensorReader()
+        self._reader = reader.TensorReader()
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image_id = int(self.image_ids[index])
-        tensor = pooled(self._reader.read(self.folder / layout.file_name(image_id), self.key), self.key, self.pool)
+        tensor = pooled(self._reader.read(self.folder / schema.file_name(image_id), self.key), self.key, self.pool)
         return tensor, image_id if self.targets is None else self.targets[image_id]

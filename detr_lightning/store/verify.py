@@ -17,10 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from detr_lightning.embeddings import EXTRACT_TYPES, KEYS, dtype_of, shape_of
-from detr_lightning.store import layout
-from detr_lightning.store.parallel import in_threads
-from detr_lightning.store.reading import EmbeddingStore
+from detr_lightning.format import schema
+from detr_lightning.format.schema import EXTRACT_TYPES, KEYS, dtype_of, shape_of
+from detr_lightning.parallel import in_threads
+from detr_lightning.store.store import EmbeddingStore
 
 FURTHER = ("categories", "model", "preprocessing", "batching", "dtype", "precision", "failed", "versions", "config")
 """What metadata.json holds after the keys that reading needs."""
@@ -105,30 +105,30 @@ def _area(image: dict[str, Any]) -> int:
 def _metadata_problems(metadata: dict[str, Any]) -> Iterator[str]:
     ids, keys = metadata["image_ids"], metadata["embedding_keys"]
     if metadata["num_images"] != len(ids):
-        yield f"{layout.METADATA}: num_images is {metadata['num_images']}, image_ids lists {len(ids)}."
+        yield f"{schema.METADATA}: num_images is {metadata['num_images']}, image_ids lists {len(ids)}."
     if ids != sorted(set(ids)):
-        yield f"{layout.METADATA}: image_ids are not ascending, or one is there twice."
+        yield f"{schema.METADATA}: image_ids are not ascending, or one is there twice."
     if metadata["extract_type"] not in EXTRACT_TYPES:
-        yield f"{layout.METADATA}: extract_type is {metadata['extract_type']!r}, none of {', '.join(EXTRACT_TYPES)}."
+        yield f"{schema.METADATA}: extract_type is {metadata['extract_type']!r}, none of {', '.join(EXTRACT_TYPES)}."
     if unknown := [key for key in keys if key not in KEYS]:
-        yield f"{layout.METADATA}: embedding_keys names {', '.join(unknown)}, which this version does not know."
+        yield f"{schema.METADATA}: embedding_keys names {', '.join(unknown)}, which this version does not know."
     if lacking := [key for key in FURTHER if key not in metadata]:
-        yield f"{layout.METADATA}: {', '.join(lacking)} is missing."
+        yield f"{schema.METADATA}: {', '.join(lacking)} is missing."
     if "model" in metadata and _architecture(metadata) is None:
-        yield f"{layout.METADATA}: model.architecture is incomplete, so shapes cannot be checked."
+        yield f"{schema.METADATA}: model.architecture is incomplete, so shapes cannot be checked."
     failed = {entry.get("id") for entry in metadata.get("failed", []) if isinstance(entry, dict)}
     if both := [image_id for image_id in ids if image_id in failed]:
-        yield f"{layout.METADATA}: image {both[0]} is both extracted and failed ({len(both)} such images)."
+        yield f"{schema.METADATA}: image {both[0]} is both extracted and failed ({len(both)} such images)."
 
 
 def _folder_problems(store: EmbeddingStore) -> Iterator[str]:
     for name in sorted(entry.name for entry in os.scandir(store.folder)):
-        image_id = layout.image_id_of(name)
-        if Path(name).match(layout.TEMPORARY):
+        image_id = schema.image_id_of(name)
+        if Path(name).match(schema.TEMPORARY):
             yield f"{name}: a temporary file that a killed run left. It can be deleted."
         elif image_id is not None and image_id not in store:
-            yield f"{name}: its image is not in {layout.METADATA}."
-        elif image_id is None and name != layout.METADATA:
+            yield f"{name}: its image is not in {schema.METADATA}."
+        elif image_id is None and name != schema.METADATA:
             yield f"{name}: not a file of this extraction."
 
 
@@ -144,7 +144,7 @@ def _file_problems(store: EmbeddingStore, image: dict[str, Any]) -> Iterator[str
         yield f"{name}: cannot be read ({error.strerror})."
         return
     if image.get("bytes") != len(data):
-        yield f"{name}: has {len(data)} bytes, {layout.METADATA} says {image.get('bytes')}."
+        yield f"{name}: has {len(data)} bytes, {schema.METADATA} says {image.get('bytes')}."
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             damaged = archive.testzip()
@@ -180,7 +180,7 @@ def _tensor_problems(metadata: dict[str, Any], image: dict[str, Any], key: str, 
             # Only the sizes are looked at, so that reading a folder does not import the model.
             expected = shape_of(key, cast(Any, architecture), (height, width))
         except (KeyError, TypeError, ValueError):
-            yield f"has no feature_size in {layout.METADATA}, so its shape cannot be checked"
+            yield f"has no feature_size in {schema.METADATA}, so its shape cannot be checked"
         else:
             if tuple(tensor.shape) != expected:
                 yield f"has the shape {list(tensor.shape)}, expected {list(expected)}"

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detr_lightning.data.batching import collate, plan_batches
-from detr_lightning.data.images import ImageRecord
-from detr_lightning.data.transforms import resized_size
+from detr_lightning.data.decode import resized_size
+from detr_lightning.data.records import ImageRecord
 
 resize = partial(resized_size, short_side=80, long_side=133)
 

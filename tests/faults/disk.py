@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from detr_lightning.store.run import ExtractionRun
+from detr_lightning.extraction.run import ExtractionRun
 
 HEADER: dict[str, Any] = {
     "extract_type": "decoder",

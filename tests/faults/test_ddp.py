@@ -116,7 +116,7 @@ DETRExtractor.predict_step = dying
 def test_a_rank_that_dies_while_the_run_is_being_set_up(job: Job, rank: int) -> None:
     dying = """
 import os
-from detr_lightning.store.run import ExtractionRun
+from detr_lightning.extraction.run import ExtractionRun
 ExtractionRun.join = lambda self, rank: os.kill(os.getpid(), 9)
 """
     both = job.ranks(patch=("", dying) if rank else (dying, ""))
@@ -129,7 +129,7 @@ ExtractionRun.join = lambda self, rank: os.kill(os.getpid(), 9)
 @pytest.mark.slow
 def test_rank_1_cannot_write(job: Job) -> None:
     failing = """
-from detr_lightning.store.run import ExtractionRun
+from detr_lightning.extraction.run import ExtractionRun
 def join(self, rank):
     raise PermissionError(13, "Permission denied", "there")
 ExtractionRun.join = join

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from harness import Job, contents, group_of, message, slow
 
-from detr_lightning.store.state import Journal
+from detr_lightning.extraction.journal import Journal
 
-UNCHECKED = "import detr_lightning.cli; detr_lightning.cli.free_bytes = lambda folder: 10**12\n"
+UNCHECKED = "import detr_lightning.command.cli; detr_lightning.command.cli.free_bytes = lambda folder: 10**12\n"
 """Let a run begin although there is not enough room, as if another program took it later."""
 
 
@@ -154,7 +154,7 @@ def test_a_read_only_file_system(job: Job, small_disk: Callable[[str], Path]) ->
 @pytest.mark.parametrize("error", ["OSError(5, 'Input/output error', 'there')", "StopIteration"])
 def test_a_writer_thread_that_fails(job: Job, error: str) -> None:
     patch = f"""
-from detr_lightning.store.run import ExtractionRun
+from detr_lightning.extraction.run import ExtractionRun
 save = ExtractionRun.save
 def failing(self, image_id, *args):
     if image_id == 61:

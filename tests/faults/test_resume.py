@@ -15,7 +15,8 @@ from disk import extract
 from harness import Job, Zygote, contents, differences, message, slow, until
 
 from detr_lightning.data import loading
-from detr_lightning.store.state import BusyError, Journal, hold
+from detr_lightning.errors import BusyError
+from detr_lightning.extraction.journal import Journal, hold
 
 Run = Callable[..., Any]
 
@@ -273,7 +274,7 @@ def test_a_run_that_came_and_went_since_the_plan_is_noticed(tmp_path: Path) -> N
 
 def test_a_run_waits_for_the_journals_of_a_dead_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path / "rank-1.jsonl")
-    monkeypatch.setattr("detr_lightning.store.state.PATIENCE", 0.5)
+    monkeypatch.setattr("detr_lightning.extraction.journal.PATIENCE", 0.5)
     with pytest.raises(BusyError, match="still held by a process of an earlier run"):
         hold(tmp_path / "lock", [tmp_path / "rank-1.jsonl"])
     journal.close(done=False)

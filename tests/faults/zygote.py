@@ -17,7 +17,7 @@ from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from detr_lightning.cli import main
+from detr_lightning.command.cli import main
 
 CLI = Path(__file__).resolve().parent.parent.parent / "cli.py"
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from detr_lightning.model import DETR, Architecture, checkpoints
-from detr_lightning.model.checkpoints import OFFICIAL
-from detr_lightning.model.official import Official
+from detr_lightning.model import checkpoints
+from detr_lightning.model.detr import DETR, Architecture
+from detr_lightning.model.detr.official import OFFICIAL, Official
 
 TINY = Architecture("bottleneck", (1, 2, 1, 1), 32, 8, 1, 2, 48, 5, 7)
 State = dict[str, Tensor]

@@ -1,0 +1,1 @@
+"""On top of a store: objects, matching with annotations, pictures."""

@@ -1,0 +1,57 @@
+"""What the pictures have in common: colours, inks, and the embeddings of a table."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from detr_lightning.errors import MissingPackageError, SettingError
+
+try:
+    from matplotlib.figure import Figure as PlainFigure
+except ImportError as missing:
+    raise MissingPackageError("Pictures need matplotlib: pip install 'detr-lightning[analysis]'.") from missing
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["INK", "Figure", "color_of", "embeddings_of", "ink_on"]
+
+INK = "#222222"
+_HUES = ((0, 0.14, 0.28, 0.42, 0.56, 0.72, 0.86, 1), (0, 0.07, 0.14, 0.33, 0.48, 0.6, 0.77, 1))
+# Even steps -> hues: red, orange, yellow, green, teal, blue, purple, red. Even steps of hue itself are mostly green.
+
+
+class Figure(PlainFigure):
+    """A figure that notebooks show without pyplot, which would keep it alive and may want a display."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png")
+        return png.getvalue()
+
+
+def color_of(category_id: int) -> tuple[float, float, float]:
+    """Return a category's colour: far from those of the ids next to it, and the same in every picture."""
+    hue = float(np.interp((0.1 + 0.61803399 * category_id) % 1.0, *_HUES))
+    lightness, saturation = ((0.46, 0.78), (0.60, 0.88), (0.34, 0.62))[category_id % 3]
+    return colorsys.hls_to_rgb(hue, lightness, saturation)
+
+
+def ink_on(color: Sequence[float] | np.ndarray) -> str:
+    """Return the ink that is read best on a colour: by its relative luminance."""
+    red, green, blue = color
+    return INK if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.25 else "white"
+
+
+def embeddings_of(table: pd.DataFrame) -> np.ndarray:
+    """Return a table's embeddings as a matrix `[N, d]`."""
+    if "embedding" not in table or not len(table):
+        raise SettingError("the table has no embeddings. Make it with objects(store), or match, and key not None.")
+    if table["embedding"].isna().any():
+        raise SettingError("some objects have no embedding: they were missed. Take table[table.found].")
+    return np.stack(list(table["embedding"]))

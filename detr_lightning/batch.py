@@ -1,0 +1,96 @@
+"""The batch of embeddings that `predict_step` returns: its split into images, its way to the CPU and into storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from detr_lightning.errors import InputError
+from detr_lightning.format.schema import KEYS
+
+
+def split(batch: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Split what `predict_step` returned into images, each tensor cropped to the image's own area.
+
+    Args:
+        batch: `image_id` (list of int), `feature_size` (list of `(height, width)`), a batch-first tensor for each key
+            and, where images were padded, `padding_mask` `[B, H, W]` at feature size, True on padding.
+
+    Yields:
+        An image's id and its tensors: views of the batch, not copies.
+    """
+    mask = batch.get("padding_mask")
+    keys = [key for key in batch if key in KEYS]
+    for index, (image_id, (height, width)) in enumerate(zip(batch["image_id"], batch["feature_size"], strict=True)):
+        image = {}
+        for key in keys:
+            tensor = batch[key][index]
+            if mask is not None:
+                tensor = _crop(key, tensor, tuple(mask.shape[1:]), (height, width))
+            image[key] = tensor
+        yield image_id, image
+
+
+def _crop(key: str, tensor: torch.Tensor, padded: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """Cut an image's tensor from the padded feature map down to the image's own part of it."""
+    height, width = size
+    if key == "backbone_features":  # [C, H, W]
+        return tensor[:, :height, :width]
+    if key == "encoder_output":  # [H*W, d]
+        return tensor.view(*padded, -1)[:height, :width].flatten(0, 1)
+    if key == "encoder_layers":  # [L, H*W, d]
+        return tensor.view(len(tensor), *padded, -1)[:, :height, :width].flatten(1, 2)
+    if key == "cross_attention":  # [L, Q, H*W]
+        return tensor.view(*tensor.shape[:2], *padded)[:, :, :height, :width].flatten(2, 3)
+    return tensor
+
+
+class HostBatch:
+    """A batch on its way to the CPU, one copy for each key, while the GPU goes on.
+
+    Args:
+        prediction: What `predict_step` returned.
+
+    Attributes:
+        tensors: The same on the CPU. What came from a GPU may be read after `wait`.
+    """
+
+    def __init__(self, prediction: Mapping[str, Any]) -> None:
+        on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in prediction.values())
+        # torch copies to pinned memory when asked not to block.
+        self.tensors = {
+            key: value.detach().to("cpu", non_blocking=on_gpu) if isinstance(value, torch.Tensor) else value
+            for key, value in prediction.items()
+        }
+        self._arrived: torch.cuda.Event | None = None
+        if on_gpu:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> None:
+        """Return when everything has arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
+
+def to_stored(key: str, image_id: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor as it is stored: contiguous, alone in its storage, in its dtype.
+
+    Raises:
+        ValueError: A value is not finite, or too large for the dtype; the message names the image and the key.
+    """
+    stored = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
+    if not torch.isfinite(stored).all():
+        if torch.isfinite(tensor).all():
+            largest = tensor.abs().max().item()
+            raise InputError(
+                f"image {image_id}: {key} reaches {largest:.6g}, more than {dtype} can hold. "
+                "Store it with writer.dtype=float32."
+            )
+        raise InputError(
+            f"image {image_id}: {key} has values that are not finite. "
+            "Check the weights, or compute in a wider precision (trainer.precision)."
+        )
+    return stored

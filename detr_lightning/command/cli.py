@@ -1,0 +1,243 @@
+"""The command line: `detr-lightning predict` and `detr-lightning validate`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.filesize import decimal
+
+from detr_lightning import __version__
+from detr_lightning.command import reports
+from detr_lightning.command.parser import LINKS, CommandError, CommandParser, check_config
+from detr_lightning.data.datamodule import COCODataModule
+from detr_lightning.data.decode import image_folder
+from detr_lightning.errors import BusyError, IncompleteError, count
+from detr_lightning.extraction.run import free_bytes
+from detr_lightning.extraction.writer import EmbeddingWriter
+from detr_lightning.extractor import DETRExtractor
+from detr_lightning.progress import ImageProgress, calm
+from detr_lightning.system import end_with_parent, sigterm_as_interrupt
+
+INTERRUPTED = "Interrupted. What is finished is kept: run the same command again to go on."
+FAILURES = {
+    "DataLoader worker": "A process that reads images ended ({}). If memory ran out, set data.num_workers or "
+    "data.batch_size lower. What is finished is kept: run the same command again to go on.",
+    "ended before": "{}",
+    "gloo": "Another rank ended: see its message ({}).",
+    "Connection closed by peer": "Another rank ended: see its message ({}).",
+    "C++ compile": "model.compile needs a C++ compiler that works, such as g++ ({}). "
+    "Install one, or leave model.compile out.",
+}
+"""Errors of processes that were lost and of what is not installed, by what torch says of them, and what to tell."""
+
+
+class DETRCLI(LightningCLI):
+    """LightningCLI with the two subcommands that extraction has."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        self.console = Console(stderr=True, markup=False)
+        self.summary: dict[str, float] = {}
+        self._done = False
+        self._began = time.monotonic()
+        super().__init__(
+            DETRExtractor,
+            COCODataModule,
+            args=None if args is None else list(args),
+            parser_class=CommandParser,
+            parser_kwargs={
+                "description": "Extract what DETR has learned: its embeddings, for COCO or any folder of images.",
+                "version": __version__,
+            },
+            save_config_callback=None,
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_model_summary": False,
+                "callbacks": [ImageProgress(self.console)],
+            },
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands, and the Trainer's arguments that they do not offer."""
+        offered = {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only"}
+        return {"predict": offered | {"return_predictions"}, "validate": offered | {"verbose"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is no setting of the model, the data or the Trainer."""
+        parser.add_lightning_class_args(EmbeddingWriter, "writer")
+        parser.add_argument(
+            "--extract_type", type=str, default="decoder", help="What to keep: all, decoder, encoder or backbone."
+        )
+        parser.add_argument(
+            "--output_dir", type=str, default="./embeddings_output", help="Where to; created if missing."
+        )
+        parser.add_argument("--dry_run", action="store_true", help="Say what would be done, and stop.")
+        for source, target in LINKS.items():
+            parser.link_arguments(source, target)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, and check the files it names first.
+
+        Raises:
+            CommandError: A file is not YAML with settings, or sets one that a top-level key would overwrite in silence.
+        """
+        for subparser in self._subcommand_parsers.values():
+            CommandParser.names |= {action.dest for action in subparser._actions}
+        words = sys.argv[1:] if args is None else args
+        for flag, word in zip(words, [*words[1:], ""], strict=False):
+            name, _, value = flag.partition("=")
+            if name in ("-c", "--config"):
+                check_config(Path(value or word))
+        super().parse_arguments(parser, args)
+
+    def before_instantiate_classes(self) -> None:
+        """Look for the images before the weights, which may have to be fetched.
+
+        Raises:
+            FileNotFoundError: Their folder is not there.
+        """
+        data = self.config[self.subcommand].data
+        if not data.download:
+            image_folder(os.path.expanduser(data.image_dir))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the Trainer.
+
+        Raises:
+            CommandError: A setting's type is one that Lightning does not take.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except TypeError as error:
+            raise CommandError(f"trainer: {error}") from error
+
+    @property
+    def writer(self) -> EmbeddingWriter:
+        """The callback that writes."""
+        writer: EmbeddingWriter = self._get(self.config_init, "writer")
+        return writer
+
+    def before_predict(self) -> None:
+        """Say what will be done, and refuse what cannot be.
+
+        Raises:
+            CommandError: The disk is too small, or the precision is not to be had.
+        """
+        self._check_precision()
+        self.datamodule.prepare_data()
+        run = self.writer.plan(self.trainer, self.model, self.datamodule)
+        self._done = run.complete
+        needed, free = self.writer.bytes_needed(self.model), free_bytes(self.writer.output_dir)
+        self._say(*reports.announcement(self.writer, self.model, self.datamodule, free))
+        if needed > free:
+            raise CommandError(
+                f"output_dir {self.writer.output_dir} needs {decimal(needed)}, but its disk has {decimal(free)} free. "
+                "Free some space, choose another output_dir, fewer keys (model.keys) or writer.dtype=float16."
+            )
+
+    def predict(self, **kwargs: Any) -> None:
+        """Extract; keep no prediction in memory.
+
+        Raises:
+            IncompleteError: The run ended, and not all images are there.
+        """
+        if self._done or self.config[self.subcommand].dry_run:
+            return
+        began = time.monotonic()
+        self.trainer.predict(**kwargs, return_predictions=False)
+        if not self.trainer.is_global_zero:
+            return
+        metadata = self.writer.metadata
+        if metadata is None:
+            raise IncompleteError(f"The run ended before all images were in {self.writer.output_dir}.")
+        self._say(*reports.result(self.writer, metadata, time.monotonic() - began, self.trainer.world_size))
+
+    def before_validate(self) -> None:
+        """Refuse what cannot be validated.
+
+        Raises:
+            CommandError: There are no annotations, the precision is not to be had, or a dry run is asked for.
+        """
+        if self.config[self.subcommand].dry_run:
+            raise CommandError("--dry_run is for predict: validate writes nothing.")
+        self._check_precision()
+        if self.datamodule.annotation_file is None:
+            raise CommandError("validate needs data.annotation_file: COCO annotations to compare with.")
+        self.datamodule.prepare_data()
+
+    def validate(self, **kwargs: Any) -> None:
+        """Compute COCO's detection metrics, print and keep them."""
+        self.trainer.validate(**kwargs, verbose=False)
+        self.summary = self.model.metrics
+        if _rank() == 0:
+            images = count(len(self.datamodule.records), "image")
+            said = f"{self.model.checkpoint.name} on {images}", reports.metrics(self.summary)
+            Console(markup=False).print(*said, sep="\n", highlight=False)
+
+    def _check_precision(self) -> None:
+        asked = str(self.config_init[self.subcommand].trainer.precision or "")
+        if asked.startswith("16") and self.trainer.strategy.root_device.type == "cpu":
+            raise CommandError(
+                f"trainer.precision {asked} needs a GPU, and this run is on a CPU. "
+                "Use bf16-mixed, bf16-true or 32-true."
+            )
+
+    def _say(self, *things: Any) -> None:
+        if _rank() == 0:
+            for thing in things:
+                self.console.print(thing, highlight=False, soft_wrap=isinstance(thing, str))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0 for success, 1 for an error, which is printed as one message.
+    """
+    end_with_parent()
+    try:
+        with calm(), sigterm_as_interrupt():
+            DETRCLI(argv)
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, 130)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning has turned into an exit
+            return _fail(INTERRUPTED, 130)
+        raise
+    except (OSError, ValueError, BusyError, IncompleteError, ImportError, MisconfigurationException) as error:
+        return _fail(str(error), 1)
+    except RuntimeError as error:
+        for sign, message in FAILURES.items():
+            if sign in str(error):
+                return _fail(message.format(str(error).strip().splitlines()[0]), 1)
+        raise
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    rank = _rank()
+    where = f" (rank {rank})" if rank else ""
+    print(f"Error{where}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _rank() -> int:
+    rank: int = getattr(rank_zero_only, "rank", 0)
+    return rank

@@ -1,0 +1,94 @@
+"""What the command says of a run: what it will do, what it did, what it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import RenderableType
+from rich.filesize import decimal
+from rich.table import Table
+
+from detr_lightning.data.datamodule import COCODataModule
+from detr_lightning.errors import count
+from detr_lightning.extraction.writer import EmbeddingWriter
+from detr_lightning.extractor import DETRExtractor
+from detr_lightning.format.schema import dtype_of, nbytes, shape_of
+
+SHOWN = 10
+"""Skipped images that are named; metadata.json lists them all."""
+
+
+def announcement(
+    writer: EmbeddingWriter, model: DETRExtractor, data: COCODataModule, free: int
+) -> list[RenderableType]:
+    """Return what a planned run will do, and what each of its files will hold.
+
+    Args:
+        writer: After `plan`.
+        model: The model.
+        data: The images.
+        free: The bytes that the disk has free.
+    """
+    run = writer.extraction
+    assert run is not None, "plan comes first"
+    lines = [f"{model.checkpoint.name}: {model.checkpoint.notes}"]
+    finished = len(run.finished)
+    if run.complete:
+        return [*lines, f"{writer.output_dir} is finished: {count(finished, 'image')}, all there. Nothing to do."]
+    there = f", {finished} more are there already" if finished else ""
+    lines.append(
+        f"{count(len(run.pending), 'image')} to {writer.output_dir} ({model.hparams['extract_type']}){there}: "
+        f"about {decimal(writer.bytes_needed(model))}, {decimal(free)} free"
+    )
+    if not data.records:
+        return [*lines]
+    record = data.records[0]
+    table = Table(
+        "key",
+        "shape",
+        "dtype",
+        "bytes",
+        title=f"Each image, such as {record.file_name} ({record.width}x{record.height})",
+        title_justify="left",
+    )
+    table.columns[3].justify = "right"
+    architecture = model.detr.architecture
+    feature_size = architecture.feature_size(data.resize(record.size))
+    for key in model.keys:
+        shape = str(list(shape_of(key, architecture, feature_size)))
+        dtype = str(dtype_of(key, writer.dtype)).removeprefix("torch.")
+        table.add_row(key, shape, dtype, f"{nbytes([key], architecture, feature_size, writer.dtype):,}")
+    return [*lines, table]
+
+
+def result(writer: EmbeddingWriter, metadata: Mapping[str, Any], seconds: float, ranks: int) -> list[RenderableType]:
+    """Return what a run did.
+
+    Args:
+        writer: Of rank 0.
+        metadata: What the writer wrote at the end.
+        seconds: How long it took.
+        ranks: How many ranks there were.
+    """
+    failed, written = metadata["failed"], writer.images_written
+    table = Table(show_header=False)
+    others = " by rank 0" if ranks > 1 else ""
+    table.add_row("written", f"{count(written, 'image')}{others}, {decimal(writer.bytes_written)}")
+    table.add_row("folder", f"{writer.output_dir}: {count(metadata['num_images'], 'image')} and metadata.json")
+    table.add_row("time", f"{seconds:.1f} s, {written / seconds:.2f} images/s")
+    if not failed:
+        return [table]
+    table.add_row("skipped", f"{count(len(failed), 'image')}, listed under 'failed' in metadata.json")
+    for entry in failed[:SHOWN]:
+        table.add_row("", f"{entry['file_name']}: {entry['reason']}")
+    return [table, f"Warning: {count(len(failed), 'image')} could not be read."]
+
+
+def metrics(values: Mapping[str, float]) -> Table:
+    """Return COCO's numbers as a table."""
+    table = Table("COCO metric", "value")
+    table.columns[1].justify = "right"
+    for name, value in values.items():
+        table.add_row(name, f"{value:.3f}")
+    return table

@@ -1,0 +1,1 @@
+"""Writing an extraction: the run, its journals, the callback."""

@@ -1,0 +1,259 @@
+"""An extraction into a folder: what is already there, what is missing, and when it is finished."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from detr_lightning.errors import IncompleteError, InputError
+from detr_lightning.extraction.journal import Held, Journal, await_done, hold, is_held
+from detr_lightning.extraction.previous import Remains, identity, look, stamp
+from detr_lightning.format.files import fsync_folder, is_whole, replacing, save_tensors, write_json
+from detr_lightning.format.schema import METADATA, STATE, TEMPORARY, file_name
+from detr_lightning.format.state import Entry, read_entries, token_of
+
+IF_EXISTS = ("resume", "overwrite", "error")
+"""What `writer.if_exists` may be."""
+
+
+class ExtractionRun:
+    """One run of an extraction.
+
+    Rank 0 inspects the folder, begins and finishes; every rank joins, saves and leaves.
+
+    Args:
+        folder: The output folder; it may not exist yet.
+        header: The metadata without what belongs to single images.
+        images: An entry for each planned image: `id`, `file_name`, `width`, `height`, `input_size`.
+        failures: Planned images that cannot be read, each with `id`, `file_name` and `reason`.
+        if_exists: `resume`, `overwrite` or `error`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        header: Mapping[str, Any],
+        images: Iterable[Entry],
+        failures: Iterable[Entry] = (),
+        if_exists: str = "resume",
+    ) -> None:
+        self.folder = Path(folder)
+        self.header = dict(header)
+        self.images = {entry["id"]: entry for entry in images}
+        self.failures = {entry["id"]: entry for entry in failures}
+        self.if_exists = if_exists
+        self.token: str | None = None
+        self.finished: dict[int, Entry] = {}
+        self.complete = False
+        self._remains = Remains()
+        self._lock: Held | None = None
+        self._journal: Journal | None = None
+
+    @property
+    def pending(self) -> list[Entry]:
+        """The planned images that are not finished."""
+        return [entry for image_id, entry in self.images.items() if image_id not in self.finished]
+
+    def inspect(self) -> None:
+        """Find out what is finished, and change nothing.
+
+        Raises:
+            OSError: The folder is a file or cannot be read.
+            FileExistsError: It is not empty, and `if_exists` is `error`.
+            ValueError: It holds another extraction, whose settings or images differ.
+        """
+        folder = self.folder
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"output_dir {folder} is a file. Choose a folder, or remove the file.")
+        self.finished, self.complete = {}, False
+        if self.if_exists == "error" and folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(
+                f"output_dir {folder} is not empty, and writer.if_exists is 'error'. Choose another folder, "
+                "or writer.if_exists=resume to go on or overwrite to start again."
+            )
+        remains = self._remains = look(folder)
+        if self.if_exists == "overwrite":
+            return
+        self.finished = {
+            image_id: entry
+            for image_id, entry in remains.finished.items()
+            if is_whole(folder / file_name(image_id), entry["bytes"])
+        }
+        if self.finished:
+            self._refuse_other_settings(remains.header)
+            self._refuse_other_images()
+        self.complete = (
+            (folder / METADATA).exists()
+            and not (folder / STATE).exists()
+            and not self.pending
+            and self.failures.keys() <= remains.failed.keys()
+        )
+
+    def begin(self) -> None:
+        """Take the folder: refuse if another run has it, clear up after a dead one, and write down what is planned.
+
+        Raises:
+            BusyError: Another run is at work in the folder.
+            OSError: The folder cannot be written.
+        """
+        state = self.folder / STATE
+        state.mkdir(parents=True, exist_ok=True)
+        self._lock = hold(state / "lock", list(state.glob("rank-*.jsonl")))
+        if stamp(self.folder) != self._remains.stamp:
+            self.inspect()  # Another run has begun, and ended, since.
+        for leftover in (*self.folder.glob(TEMPORARY), *state.glob(TEMPORARY)):
+            leftover.unlink(missing_ok=True)
+        if self.if_exists == "overwrite" or self._remains.void:
+            self._forget()
+        with replacing(state / "done.jsonl") as file:
+            # What is planned now is tried again.
+            failed = {i: entry for i, entry in self._remains.failed.items() if i not in self.images}
+            for entry in (*failed.values(), *self.finished.values()):
+                file.write(json.dumps(entry).encode() + b"\n")
+        for journal in state.glob("rank-*.jsonl"):
+            journal.unlink()
+        self.token = uuid.uuid4().hex
+        self._remains.recorded |= self.images.keys()
+        write_json(state / "run.json", {**self.header, "token": self.token, "planned": sorted(self._remains.recorded)})
+        (self.folder / METADATA).unlink(missing_ok=True)
+
+    def join(self, rank: int) -> None:
+        """Open this rank's journal."""
+        self._journal = Journal(self.folder / STATE / f"rank-{rank}.jsonl")
+
+    def shares_folder(self, token: str) -> bool:
+        """Return whether this rank sees the run that rank 0 began: whether both write to one folder."""
+        return token_of(self.folder) == token
+
+    def unseen(self, world_size: int) -> list[str | None]:
+        """Return for each rank, all having joined, None or why this process would not see that it is alive."""
+        journals = [self.folder / STATE / f"rank-{rank}.jsonl" for rank in range(world_size)]
+        return [
+            None
+            if is_held(journal)
+            else f"its lock on {journal} does not reach rank 0. Choose a file system with locks (flock) for all nodes."
+            for journal in journals
+        ]
+
+    def save(self, image_id: int, tensors: Mapping[str, Tensor], feature_size: tuple[int, int]) -> int:
+        """Write an image's file and then its entry; return the file's bytes. Any thread may call it."""
+        size = save_tensors(self.folder, image_id, tensors)
+        self._write({**self.images[image_id], "feature_size": list(feature_size), "bytes": size})
+        return size
+
+    def fail(self, image_id: int, reason: str) -> None:
+        """Write down that an image was skipped."""
+        self._write({"id": image_id, "file_name": self.images[image_id]["file_name"], "reason": reason})
+
+    def leave(self, done: bool) -> None:
+        """Close this rank's journal; `done` says that the rank has been through all it was given."""
+        if self._journal is not None:
+            self._journal.close(done)
+
+    def release(self) -> None:
+        """Let go of the folder without finishing."""
+        if self._lock is not None:
+            self._lock.file.close()
+
+    def finish(self, world_size: int) -> dict[str, Any]:
+        """Wait for all ranks, count, and write the metadata.
+
+        Returns:
+            The metadata.
+
+        Raises:
+            IncompleteError: A planned image has neither a whole file nor a reason why it was skipped.
+            RuntimeError: A rank ended early.
+        """
+        state = self.folder / STATE
+        await_done([state / f"rank-{rank}.jsonl" for rank in range(world_size)])
+        entries, failed = read_entries(self.folder)
+        failed |= self.failures
+        whole = {
+            image_id: entry
+            for image_id, entry in entries.items()
+            if image_id in self.finished or is_whole(self.folder / file_name(image_id), entry["bytes"])
+        }
+        missing = sorted(self.images.keys() - whole.keys() - failed.keys())
+        if missing:
+            some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            raise IncompleteError(
+                f"{len(missing)} of {len(self.images)} images have no whole file in {self.folder}: {some}. "
+                "What is finished is kept: run the same command again to go on."
+            )
+        for image_id in self._remains.recorded - whole.keys():  # Files that a killed process wrote but did not record.
+            (self.folder / file_name(image_id)).unlink(missing_ok=True)
+        metadata = self._metadata(whole, [failed[image_id] for image_id in sorted(failed.keys() - whole.keys())])
+        fsync_folder(self.folder)
+        write_json(self.folder / METADATA, metadata)
+        shutil.rmtree(state)
+        fsync_folder(self.folder)
+        self.release()
+        return metadata
+
+    def _metadata(self, whole: dict[int, Entry], failed: list[Entry]) -> dict[str, Any]:
+        header = dict(self.header)
+        ids = sorted(whole)
+        first = {
+            "image_ids": ids,
+            "num_images": len(ids),
+            "extract_type": header.pop("extract_type"),
+            "embedding_keys": header.pop("embedding_keys"),
+            "images": [whole[image_id] for image_id in ids],
+        }
+        return {**first, **header, "failed": failed}
+
+    def _write(self, entry: Entry) -> None:
+        assert self._journal is not None, "join comes first"
+        self._journal.add(entry)
+
+    def _refuse_other_settings(self, before: Mapping[str, Any]) -> None:
+        try:
+            then = identity(before)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"output_dir {self.folder} does not say with which settings its images were extracted (no {error}). "
+                "Choose another output_dir, or writer.if_exists=overwrite."
+            ) from error
+        now = identity(self.header)
+        differences = [f"{name} was {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
+        if differences:
+            raise InputError(
+                f"output_dir {self.folder} holds {len(self.finished)} images extracted with other settings: "
+                f"{'; '.join(differences)}. Use the same settings, another output_dir, or writer.if_exists=overwrite."
+            )
+
+    def _refuse_other_images(self) -> None:
+        for image_id, entry in self.images.items():
+            before = self.finished.get(image_id)
+            for name in ("file_name", "width", "height"):
+                if before is not None and before[name] != entry[name]:
+                    raise InputError(
+                        f"output_dir {self.folder} has image {image_id} with {name} {before[name]}, now it is "
+                        f"{entry[name]}. Choose another output_dir, or writer.if_exists=overwrite."
+                    )
+
+    def _forget(self) -> None:
+        """Remove what earlier runs wrote, and nothing else. If this is cut short, the next run goes on with it."""
+        self._remains.failed = {}
+        for journal in (self.folder / STATE).glob("*.jsonl"):
+            journal.unlink()
+        void = {"token": uuid.uuid4().hex, "planned": sorted(self._remains.recorded), "void": True}
+        write_json(self.folder / STATE / "run.json", void)
+        (self.folder / METADATA).unlink(missing_ok=True)
+        for image_id in self._remains.recorded:
+            (self.folder / file_name(image_id)).unlink(missing_ok=True)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the bytes that the file system of a folder, which need not exist yet, has free."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

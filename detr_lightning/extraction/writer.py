@@ -1,0 +1,289 @@
+"""The callback that writes embeddings to disk while the run goes on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from detr_lightning.batch import HostBatch, split, to_stored
+from detr_lightning.data.datamodule import COCODataModule
+from detr_lightning.errors import SettingError, SettingTypeError, check_choice
+from detr_lightning.extraction.previous import look
+from detr_lightning.extraction.provenance import provenance
+from detr_lightning.extraction.run import IF_EXISTS, ExtractionRun
+from detr_lightning.extractor import DETRExtractor
+from detr_lightning.format.schema import DTYPES, dtype_of, nbytes
+from detr_lightning.system import SideThreads
+
+QUEUED_IMAGES = 64
+"""Images that may wait to be written. Then the model waits for the disk, and memory stays as it is."""
+
+
+class EmbeddingWriter(BasePredictionWriter):
+    """Writes one `embedding_{image_id:012d}.pt` for each image, and `metadata.json` when all are there.
+
+    Args:
+        output_dir: The folder; it is created if missing.
+        dtype: How embeddings are stored, `float32` or `float16`. Logits and boxes stay float32.
+        if_exists: What to do about a folder that is in use: `resume` what is missing, `overwrite` what an earlier run
+            wrote, or stop with an `error` unless it is empty.
+        threads: Threads that write files.
+
+    Raises:
+        ValueError: A setting that is not allowed; the message says what is.
+    """
+
+    def __init__(
+        self,
+        output_dir: str = "./embeddings_output",
+        dtype: str = "float32",
+        if_exists: str = "resume",
+        threads: int = 2,
+    ) -> None:
+        super().__init__("batch")
+        if not output_dir:
+            raise SettingError("output_dir is empty. Name a folder; '.' is the one you are in.")
+        self.output_dir = Path(output_dir).expanduser()
+        self.dtype = check_choice("writer.dtype", dtype, DTYPES)
+        self.if_exists = check_choice("writer.if_exists", if_exists, IF_EXISTS)
+        if threads < 1:
+            raise SettingError(f"writer.threads is {threads}, but must be at least 1.")
+        self.threads = threads
+        self.extraction: ExtractionRun | None = None
+        self.metadata: dict[str, Any] | None = None
+        self.images_written = 0
+        self.bytes_written = 0
+        self._count = threading.Lock()
+        self._pool: SideThreads | None = None
+        self._writing: set[Future[None]] = set()
+
+    def plan(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun:
+        """Compare what is asked for with what the folder holds, and change nothing.
+
+        Raises:
+            OSError: The folder is a file, cannot be read, or (`if_exists` is `error`) is not empty.
+            ValueError: It holds another extraction, whose settings or images differ, or the Trainer is to stop early.
+        """
+        batches = trainer.limit_predict_batches
+        if isinstance(batches, int) or batches != 1.0:
+            raise SettingError(
+                f"trainer.limit_predict_batches (or trainer.fast_dev_run) ends the run early ({batches}). "
+                "An extraction is finished when every image is there: choose images with data.limit or data.image_ids."
+            )
+        data.setup("predict")
+        if self.if_exists == "resume" and data.annotation_file is None:
+            data.keep_ids(look(self.output_dir).file_ids)
+        self.extraction = self._run(trainer, model, data)
+        self.extraction.inspect()
+        return self.extraction
+
+    def _run(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun:
+        images = [
+            {
+                "id": record.image_id,
+                "file_name": record.file_name,
+                "width": record.width,
+                "height": record.height,
+                "input_size": list(data.resize(record.size)),
+            }
+            for record in data.records
+        ]
+        failures = [
+            {"id": record.image_id, "file_name": record.file_name, "reason": reason} for record, reason in data.failures
+        ]
+        settings = {"output_dir": str(self.output_dir), "dtype": self.dtype, "if_exists": self.if_exists}
+        header = provenance(trainer, model, data, settings)
+        return ExtractionRun(self.output_dir, header, images, failures, self.if_exists)
+
+    def bytes_needed(self, model: DETRExtractor) -> int:
+        """Return about how many bytes the planned images that are not finished will take."""
+        assert self.extraction is not None, "plan comes first"
+        container = 2048
+        return sum(
+            container + nbytes(model.keys, model.detr.architecture, feature_size, self.dtype)
+            for entry in self.extraction.pending
+            for feature_size in [model.detr.architecture.feature_size(tuple(entry["input_size"]))]
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin the run on rank 0, and tell the others what is finished.
+
+        Raises:
+            OSError: The folder cannot be used, or is not the same for all ranks.
+            ValueError: It holds another extraction, whose settings or images differ.
+            BusyError: Another run is at work in it.
+        """
+        if stage != "predict":
+            return
+        data: COCODataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(pl_module, DETRExtractor) or not isinstance(data, COCODataModule):
+            raise SettingTypeError("EmbeddingWriter needs a DETRExtractor and a COCODataModule.")
+        told = self._begin(trainer, pl_module, data)
+        problems = _gathered(trainer, self._join(trainer, pl_module, data, *told))
+        if trainer.is_global_zero and not any(problems):
+            assert self.extraction is not None
+            problems = self.extraction.unseen(trainer.world_size)
+        problems = trainer.strategy.broadcast(problems)
+        if any(problems):
+            if not trainer.is_global_zero:
+                raise SystemExit(1)  # rank 0 says why
+            raise OSError(
+                "; ".join(f"rank {rank} of {len(problems)}: {text}" for rank, text in enumerate(problems) if text)
+            )
+
+    def _begin(
+        self, trainer: Trainer, model: DETRExtractor, data: COCODataModule
+    ) -> tuple[str, frozenset[int], dict[str, int]]:
+        """Begin on rank 0; return what all ranks need to know: the run's token, finished ids, and ids by file name."""
+        self.metadata, self.images_written, self.bytes_written = None, 0, 0
+        error: Exception | None = None
+        told: Any = None
+        if trainer.is_global_zero:
+            try:
+                run = self.extraction or self.plan(trainer, model, data)
+                run.begin()
+                run.join(0)
+                told = (
+                    run.token,
+                    frozenset(run.finished),
+                    {record.file_name: record.image_id for record in data.records},
+                )
+            except Exception as raised:
+                error = raised
+        told, failed = trainer.strategy.broadcast((told, error is not None))
+        if error is not None:
+            raise error
+        if failed:
+            raise SystemExit(1)  # rank 0 says why
+        token, finished, ids = told
+        return token, finished, ids
+
+    def _join(
+        self,
+        trainer: Trainer,
+        model: DETRExtractor,
+        data: COCODataModule,
+        token: str,
+        finished: frozenset[int],
+        ids: dict[str, int],
+    ) -> str | None:
+        """Join what rank 0 began; return why this rank cannot."""
+        data.finished = finished
+        if trainer.is_global_zero:
+            return None
+        try:
+            data.keep_ids(ids)
+            self.extraction = self._run(trainer, model, data)
+            if not self.extraction.shares_folder(token):
+                return f"output_dir {self.output_dir} is not the folder of rank 0. Choose one that all nodes share."
+            self.extraction.join(trainer.global_rank)
+        except Exception as raised:
+            return str(raised) or repr(raised)
+        return None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the writing threads, and let SIGTERM end the run as Ctrl-C does."""
+        # After the data workers were forked: threads and fork do not mix.
+        self._pool = SideThreads(self.threads, "writer")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Hand a batch to the writing threads; wait only if too much is waiting already.
+
+        Raises:
+            OSError: A file could not be written.
+            ValueError: A value does not fit into `dtype`.
+        """
+        run, pool = self.extraction, self._pool
+        assert run is not None
+        assert pool is not None
+        for image_id, reason in batch["failed"]:
+            run.fail(image_id, reason)
+        arrived = HostBatch(prediction)
+        for image_id, feature_size, tensors in zip(
+            prediction["image_id"], prediction["feature_size"], split(arrived.tensors), strict=True
+        ):
+            self._writing.add(pool.submit(self._write, image_id, feature_size, tensors[1], arrived))
+        self._collect(QUEUED_IMAGES)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is waiting; on rank 0 also wait for the other ranks, count, and write the metadata.
+
+        Raises:
+            IncompleteError: An image is neither on disk nor listed as skipped.
+            OSError: A file could not be written.
+        """
+        assert self.extraction is not None
+        self._collect(0)
+        self.extraction.leave(done=True)
+        self._stop()
+        if trainer.is_global_zero:
+            self.metadata = self.extraction.finish(trainer.world_size)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Drop what is waiting, finish the files that are being written, and let go of the folder."""
+        self._stop()
+        self._let_go()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the folder, also where nothing was predicted."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self.extraction is not None:
+            self.extraction.leave(done=False)
+            self.extraction.release()
+            self.extraction = None
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool, self._writing = None, set()
+
+    def _collect(self, allowed: int) -> None:
+        """Raise what a writing thread raised, and wait until no more than `allowed` images are waiting."""
+        done, self._writing = wait(self._writing, timeout=0)
+        while True:
+            for future in done:
+                future.result()
+            if len(self._writing) <= allowed:
+                return
+            done, self._writing = wait(self._writing, return_when=FIRST_COMPLETED)
+
+    def _write(
+        self, image_id: int, feature_size: tuple[int, int], tensors: dict[str, Tensor], arrived: HostBatch
+    ) -> None:
+        arrived.wait()
+        assert self.extraction is not None
+        stored = {key: to_stored(key, image_id, tensor, dtype_of(key, self.dtype)) for key, tensor in tensors.items()}
+        size = self.extraction.save(image_id, stored, feature_size)
+        with self._count:
+            self.images_written += 1
+            self.bytes_written += size
+
+
+def _gathered(trainer: Trainer, value: Any) -> list[Any]:
+    """Return what each rank gave."""
+    values = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values

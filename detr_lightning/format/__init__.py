@@ -1,0 +1,1 @@
+"""The format on disk: schema, files, the state of an unfinished run."""

@@ -1,0 +1,177 @@
+"""DETR: pixels in, embeddings and boxes out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detr_lightning.model.detr.backbone import Backbone
+from detr_lightning.model.detr.position_encoding import SinePositionEncoding
+from detr_lightning.model.detr.transformer import Transformer
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""ImageNet's colour statistics, for pixels in `[0, 1]`."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a DETR. The defaults are the official DETR-R50's.
+
+    Attributes:
+        block: The ResNet's block, `basic` or `bottleneck`.
+        blocks: How many blocks each stage of the ResNet has.
+        hidden_dim: The transformer's width.
+        nheads: The number of attention heads.
+        encoder_layers: The number of encoder layers.
+        decoder_layers: The number of decoder layers.
+        feedforward_dim: The width inside the feed-forward networks.
+        num_queries: The number of object queries.
+        num_logits: The number of class logits, "no object" included.
+        dilation: Whether the last stage of the ResNet is dilated (DC5).
+    """
+
+    block: str = "bottleneck"
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
+    hidden_dim: int = 256
+    nheads: int = 8
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    feedforward_dim: int = 2048
+    num_queries: int = 100
+    num_logits: int = 92
+    dilation: bool = False
+
+    @property
+    def feature_channels(self) -> int:
+        """The channels of the ResNet's last feature map."""
+        return 512 if self.block == "basic" else 2048
+
+    @property
+    def name(self) -> str:
+        """The usual name, such as `DETR-R50-DC5`."""
+        layers = 2 + sum(self.blocks) * (2 if self.block == "basic" else 3)
+        return f"DETR-R{layers}" + "-DC5" * self.dilation
+
+    def feature_size(self, input_size: tuple[int, int]) -> tuple[int, int]:
+        """Return height and width of the last feature map for an input of this height and width."""
+        stride = 16 if self.dilation else 32
+        return -(-input_size[0] // stride), -(-input_size[1] // stride)
+
+
+class MLP(nn.Module):
+    """The three layers that turn an embedding into a box."""
+
+    def __init__(self, dim: int, out_dim: int, num_layers: int = 3) -> None:
+        super().__init__()
+        dims = [dim] * num_layers + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
+
+
+class DETR(nn.Module):
+    """DETR (Carion et al., https://arxiv.org/abs/2005.12872), its `state_dict` named as in the official checkpoints.
+
+    Args:
+        architecture: The sizes.
+    """
+
+    def __init__(self, architecture: Architecture | None = None) -> None:
+        super().__init__()
+        a = self.architecture = architecture or Architecture()
+        self.backbone = nn.Sequential(Backbone(a.block, a.blocks, a.dilation), SinePositionEncoding(a.hidden_dim))
+        self.input_proj = nn.Conv2d(a.feature_channels, a.hidden_dim, kernel_size=1)
+        self.transformer = Transformer(a.hidden_dim, a.nheads, a.encoder_layers, a.decoder_layers, a.feedforward_dim)
+        self.query_embed = nn.Embedding(a.num_queries, a.hidden_dim)
+        self.class_embed = nn.Linear(a.hidden_dim, a.num_logits)
+        self.bbox_embed = MLP(a.hidden_dim, 4)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        padding_mask: Tensor | None = None,
+        keys: Collection[str] = ("query_embeddings", "pred_logits", "pred_boxes"),
+    ) -> dict[str, Tensor]:
+        """Compute the tensors that `keys` names, and no more than they need.
+
+        Args:
+            pixels: `[B, 3, h, w]`, uint8, or floating point and already normalised.
+            padding_mask: `[B, h, w]`, True on padding; None where nothing is padded.
+            keys: Which tensors to return.
+
+        Returns:
+            Batch-first tensors: `backbone_features` `[B, C, H, W]`, `encoder_output` `[B, H*W, d]`, `encoder_layers`
+            `[B, L, H*W, d]`, `decoder_output` `[B, L, Q, d]`, `query_embeddings` `[B, Q, d]`, `cross_attention`
+            `[B, L, Q, H*W]`, averaged over the heads, and in float32 `pred_logits` `[B, Q, num_logits]` and
+            `pred_boxes` `[B, Q, 4]`, `cx, cy, w, h` relative to the image without its padding. With a padding mask also
+            `padding_mask` `[B, H, W]` at feature size.
+        """
+        out: dict[str, Tensor] = {}
+        backbone, position_encoding = self.backbone
+        images = normalise(pixels, padding_mask) if pixels.dtype == torch.uint8 else pixels
+        features = backbone(images.to(self.input_proj.weight.dtype))
+        if "backbone_features" in keys:
+            out["backbone_features"] = features
+
+        visible = None
+        if padding_mask is not None:
+            padding_mask = F.interpolate(padding_mask[:, None].float(), size=features.shape[-2:])[:, 0].bool()
+            visible = ~padding_mask.flatten(1)[:, None, None, :]
+            out["padding_mask"] = padding_mask
+        if set(keys) <= {"backbone_features"}:
+            return out
+
+        position = position_encoding(features, padding_mask)
+        tokens = self.input_proj(features).permute(0, 2, 3, 1).flatten(1, 2)  # [B, d, H, W] -> [B, H*W, d]
+        encoded = self.transformer.encoder(tokens, position, visible)
+        if "encoder_output" in keys:
+            out["encoder_output"] = encoded[-1]
+        if "encoder_layers" in keys:
+            out["encoder_layers"] = torch.stack(encoded, dim=1)
+        if set(keys) <= {"backbone_features", "encoder_output", "encoder_layers"}:
+            return out
+
+        decoded, attention = self.transformer.decoder(
+            self.query_embed.weight, encoded[-1], position, visible, "cross_attention" in keys
+        )
+        if "decoder_output" in keys:
+            out["decoder_output"] = torch.stack(decoded, dim=1)
+        if "query_embeddings" in keys:
+            out["query_embeddings"] = decoded[-1]
+        if "cross_attention" in keys:
+            out["cross_attention"] = torch.stack(attention, dim=1)
+        if {"pred_logits", "pred_boxes"} & set(keys):
+            out["pred_logits"], out["pred_boxes"] = self.predict(decoded[-1])
+        return out
+
+    def predict(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the heads to decoder embeddings `[..., d]`, in float32 at the least.
+
+        Returns:
+            Class logits `[..., num_logits]` and boxes `[..., 4]`, `cx, cy, w, h` in `[0, 1]`.
+        """
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            x = embeddings.to(dtype)
+            logits = F.linear(x, self.class_embed.weight.to(dtype), self.class_embed.bias.to(dtype))
+            for index, layer in enumerate(cast("list[nn.Linear]", self.bbox_embed.layers)):
+                x = F.linear(x.relu() if index else x, layer.weight.to(dtype), layer.bias.to(dtype))
+            return logits, x.sigmoid()
+
+
+def normalise(pixels: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    """Turn uint8 pixels into what DETR was trained on, in float32, bit for bit as torchvision's transforms would.
+
+    Args:
+        pixels: `[B, 3, h, w]`, uint8.
+        padding_mask: `[B, h, w]`, True where the result must be zero.
+    """
+    mean = torch.tensor(MEAN, dtype=torch.float32, device=pixels.device)[:, None, None]
+    std = torch.tensor(STD, dtype=torch.float32, device=pixels.device)[:, None, None]
+    images = pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+    return images if padding_mask is None else images.masked_fill_(padding_mask[:, None], 0)

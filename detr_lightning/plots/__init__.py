@@ -1,9 +1,0 @@
-"""Pictures of what an extraction holds: each function returns a matplotlib `Figure`, for a notebook or `savefig`.
-
-A category has the same colour in every picture. No display is needed.
-"""
-
-from detr_lightning.plots.of_embeddings import embedding_map, layer_similarity
-from detr_lightning.plots.on_images import attention, detections, neighbours
-
-__all__ = ["attention", "detections", "embedding_map", "layer_similarity", "neighbours"]

@@ -1,0 +1,178 @@
+"""Embeddings and detections in the formats of other tools: NumPy, Parquet, safetensors, COCO detection results."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detr_lightning.detections import coco_results, detect
+from detr_lightning.errors import MissingPackageError, SettingError, check_choice
+from detr_lightning.format.files import replacing
+from detr_lightning.parallel import track
+from detr_lightning.store.store import EmbeddingStore
+
+SUFFIXES = {"npy": ".npy", "parquet": ".parquet", "safetensors": ".safetensors", "coco": ".json"}
+"""The formats, and how the names of their files end."""
+
+_BLOCK = 256
+
+
+def export(
+    store: EmbeddingStore,
+    output: str | os.PathLike[str],
+    format: str = "npy",
+    key: str = "query_embeddings",
+    *,
+    image_ids: Iterable[int] | None = None,
+    pool: str | None = None,
+    threshold: float = 0.0,
+    progress: bool | None = None,
+) -> list[Path]:
+    """Write one key of a store, or its detections, to a file that appears whole or not at all.
+
+    Args:
+        store: The extraction.
+        output: The file to write, in an existing folder that is not the store's own. It is replaced if it is there.
+        format: `npy` writes an array `[N, ...]`, and the image ids beside it in a file that ends in `.ids.npy`.
+            `parquet` writes the columns `image_id` and `embedding`, flattened; the schema's metadata has its `shape`.
+            `safetensors` writes the tensors `image_ids` and the key.
+            `coco` writes detections as pycocotools' `loadRes` reads them.
+        key: Which tensor; not used by `coco`.
+        image_ids: Which images, in which order; by default all.
+        pool: As for `EmbeddingStore.stack`; not used by `coco`.
+        threshold: `coco` leaves out detections that score less; 0 keeps one for each query, as the official code does.
+        progress: Show a progress bar; by default for more than 1000 images or after two seconds.
+
+    Returns:
+        The files written.
+
+    Raises:
+        KeyError: The store holds no such image.
+        OSError: A file cannot be written.
+        ValueError: As for `EmbeddingStore.stack`, an unknown format, an output that has another format's ending or lies
+            in the store's folder, or no detection above the threshold.
+    """
+    check_choice("format", format, SUFFIXES)
+    path = _output(store, output, format)
+    ids = store.image_ids if image_ids is None else list(image_ids)
+    if format == "coco":
+        _write_coco(store, path, ids, threshold, progress)
+        return [path]
+    if format == "safetensors":
+        _write_safetensors(path, key, *store.stack(key, ids, pool, progress))
+        return [path]
+    blocks = _blocks(store, key, ids, pool, progress)
+    if format == "parquet":
+        _write_parquet(path, key, blocks)
+        return [path]
+    beside = path.with_suffix(".ids.npy")
+    with replacing(beside) as ids_file, replacing(path) as file:
+        np.save(ids_file, np.asarray(ids, dtype=np.int64))
+        _write_npy(file, len(ids), blocks)
+    return [path, beside]
+
+
+def _output(store: EmbeddingStore, output: str | os.PathLike[str], format: str) -> Path:
+    """Check where the output goes.
+
+    Raises:
+        FileNotFoundError: Its folder does not exist.
+        ValueError: Its name has another ending, or it lies among the embeddings.
+    """
+    path = Path(output).expanduser()
+    if path.suffix != SUFFIXES[format]:
+        raise SettingError(f"{path} does not end in {SUFFIXES[format]}, as a file of format {format} does.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} does not exist. Make the folder first.")
+    if path.is_dir():
+        raise SettingError(f"{path} is a folder. Name a file to write.")
+    if path.resolve().is_relative_to(store.folder.resolve()):
+        raise SettingError(f"{path} lies in the extraction's own folder, which holds nothing else. Write elsewhere.")
+    return path
+
+
+def _blocks(
+    store: EmbeddingStore, key: str, ids: list[int], pool: str | None, progress: bool | None
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield ids and tensors of a few hundred images at a time, so that an export needs little memory."""
+    starts = range(0, max(len(ids), 1), _BLOCK)
+    shape = None
+    for start in track(starts, len(starts), f"Exporting {key}", progress):
+        chosen, block = store.stack(key, ids[start : start + _BLOCK], pool, progress=False)
+        shape = shape or block.shape[1:]
+        if block.shape[1:] != shape:
+            store.stack(key, [ids[0], chosen[0]], pool)  # Says which shapes differ and what to do.
+        yield chosen, block
+
+
+def _write_npy(file: BinaryIO, total: int, blocks: Iterator[tuple[list[int], Tensor]]) -> None:
+    for number, (_, block) in enumerate(blocks):
+        array = block.numpy()
+        if number == 0:
+            header = {"descr": array.dtype.str, "fortran_order": False, "shape": (total, *array.shape[1:])}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.data)
+
+
+def _write_parquet(path: Path, key: str, blocks: Iterator[tuple[list[int], Tensor]]) -> None:
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingPackageError("Parquet needs pyarrow: pip install 'detr-lightning[analysis]'.") from error
+
+    def table(ids: list[int], block: Tensor) -> Any:
+        flat = pa.array(block.float().flatten().numpy())
+        columns = {
+            "image_id": pa.array(ids, pa.int64()),
+            "embedding": pa.FixedSizeListArray.from_arrays(flat, block[0].numel()),
+        }
+        return pa.table(columns, metadata={"key": key, "shape": json.dumps(list(block.shape[1:]))})
+
+    first = table(*next(blocks))
+    with replacing(path) as file, parquet.ParquetWriter(file, first.schema) as writer:
+        writer.write_table(first)
+        for ids, block in blocks:
+            writer.write_table(table(ids, block))
+
+
+def _write_safetensors(path: Path, key: str, ids: list[int], stacked: Tensor) -> None:
+    from safetensors.torch import save
+
+    data = save({"image_ids": torch.tensor(ids, dtype=torch.int64), key: stacked})
+    with replacing(path, len(data)) as file:
+        file.write(data)
+
+
+def _write_coco(store: EmbeddingStore, path: Path, ids: list[int], threshold: float, progress: bool | None) -> None:
+    """Write detections row by row: those of a large dataset do not fit into memory as objects.
+
+    Raises:
+        ValueError: No detection reaches the threshold; `loadRes` cannot read an empty file.
+    """
+    store.require("pred_logits", "pred_boxes")
+    separator = "[\n"
+    best = 0.0
+    with replacing(path) as file:
+        for image_id in track(ids, len(ids), "Exporting detections", progress):
+            image = store.image(image_id)
+            logits, boxes = (store.load(image_id, key) for key in ("pred_logits", "pred_boxes"))
+            detections = detect(logits, boxes, (image["height"], image["width"]))
+            best = max(best, detections.scores.max().item())
+            rows: list[dict[str, Any]] = coco_results(image_id, detections, threshold)
+            if rows:
+                file.write((separator + ",\n".join(map(json.dumps, rows))).encode())
+                separator = ",\n"
+        if separator == "[\n":
+            raise SettingError(
+                f"No query of {len(ids)} images scores {threshold} or more; the best is {best:.3f}. "
+                "Lower the threshold."
+            )
+        file.write(b"\n]\n")

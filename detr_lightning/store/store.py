@@ -1,0 +1,252 @@
+"""`EmbeddingStore`: the output folder of an extraction, read as a mapping from image ids to tensors."""
+
+from __future__ import annotations
+
+import bisect
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+from torch import Tensor
+
+from detr_lightning.errors import SettingError, UnknownImageError, check_choice
+from detr_lightning.format import files, reader, schema
+from detr_lightning.parallel import in_threads
+from detr_lightning.store.dataset import POOLED_AXES, POOLS, EmbeddingDataset, pooled
+
+_THREADS = 4
+
+
+class EmbeddingStore:
+    """The output folder of a finished extraction.
+
+    Iterating gives the image ids in ascending order; `store[139]` gives an image's tensors by key.
+
+    Args:
+        folder: The folder that was `output_dir` of the extraction.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or its extraction has not finished.
+        ValueError: The folder's metadata.json is not one of this program's.
+
+    Example:
+        >>> store = EmbeddingStore("embeddings_output")
+        >>> store[139]["query_embeddings"].shape
+        torch.Size([100, 256])
+        >>> ids, vectors = store.stack("query_embeddings", pool="mean")
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder).expanduser()
+        self.metadata: dict[str, Any] = files.read_metadata(self.folder)
+        self._reader = reader.TensorReader()
+
+    @property
+    def image_ids(self) -> list[int]:
+        """The ids of all images, ascending."""
+        return list(self.metadata["image_ids"])
+
+    @property
+    def embedding_keys(self) -> tuple[str, ...]:
+        """The keys that each image's file holds, in the file's order."""
+        return tuple(self.metadata["embedding_keys"])
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """The names of the categories by logit index, which is the COCO category id; empty if they are unknown."""
+        return {int(index): name for index, name in self.metadata.get("categories", {}).items()}
+
+    @cached_property
+    def _images(self) -> dict[int, dict[str, Any]]:
+        return {image["id"]: image for image in self.metadata["images"]}
+
+    def __len__(self) -> int:
+        return len(self.metadata["image_ids"])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.metadata["image_ids"])
+
+    def __contains__(self, image_id: object) -> bool:
+        return isinstance(image_id, SupportsIndex) and operator.index(image_id) in self._images
+
+    def __getitem__(self, image_id: SupportsIndex) -> dict[str, Tensor]:
+        """Return an image's tensors, read whole.
+
+        Raises:
+            KeyError: The store holds no such image; the nearest ids are named.
+        """
+        return reader.load(self.path(image_id))
+
+    def __repr__(self) -> str:
+        return f"EmbeddingStore({str(self.folder)!r}: {len(self)} images, {', '.join(self.embedding_keys)})"
+
+    def image(self, image_id: SupportsIndex) -> dict[str, Any]:
+        """Return what the metadata says of an image: `file_name`, `width`, `height`, `input_size`, `feature_size`.
+
+        Raises:
+            KeyError: The store holds no such image; the nearest ids are named.
+        """
+        try:
+            number = operator.index(image_id)
+        except TypeError:
+            raise UnknownImageError(
+                f"{image_id!r} is no image id of {self.folder}: ids are integers. "
+                "metadata['images'] lists each with its file_name."
+            ) from None
+        if number in self._images:
+            return self._images[number]
+        ids = self.metadata["image_ids"]
+        message = f"image {number} is not among the {len(ids)} images of {self.folder}."
+        if ids:
+            place = bisect.bisect(ids, number)
+            near = sorted(ids[max(0, place - 3) : place + 3], key=lambda other: abs(other - number))[:3]
+            message += f" The nearest ids: {', '.join(map(str, near))}."
+        raise UnknownImageError(message)
+
+    def path(self, image_id: SupportsIndex) -> Path:
+        """Return the path of an image's embeddings."""
+        return self.folder / schema.file_name(self.image(image_id)["id"])
+
+    def image_path(self, image_id: SupportsIndex, image_dir: str | os.PathLike[str] | None = None) -> Path:
+        """Return the path of the image itself.
+
+        Args:
+            image_id: One of `image_ids`.
+            image_dir: Where the images are now; by default where they were when they were extracted.
+
+        Raises:
+            FileNotFoundError: The image is not there.
+        """
+        file_name: str = self.image(image_id)["file_name"]
+        if image_dir is None:
+            image_dir = self.metadata.get("config", {}).get("data", {}).get("image_dir")
+        if image_dir is None:
+            raise FileNotFoundError(f"{self.folder} does not say where {file_name} is. Give image_dir.")
+        path = Path(image_dir).expanduser() / file_name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there. Give image_dir, the folder in which the images are now.")
+        return path
+
+    def load(self, image_id: SupportsIndex, key: str) -> Tensor:
+        """Return one tensor of an image, without reading the rest of its file.
+
+        Raises:
+            KeyError: The store holds no such image.
+            ValueError: The files hold no such key.
+        """
+        self.require(key)
+        return self._reader.read(self.path(image_id), key)
+
+    def require(self, *keys: str) -> None:
+        """Check that the files hold these keys.
+
+        Raises:
+            ValueError: A key is missing; those that the files hold are named.
+        """
+        for key in keys:
+            if key not in self.embedding_keys:
+                raise SettingError(
+                    f"{self.folder} holds no {key!r}, only {', '.join(self.embedding_keys)}. "
+                    f"Name {key} in model.keys, or choose an extract_type that has it, and extract into another folder."
+                )
+
+    def stack(
+        self,
+        key: str,
+        image_ids: Iterable[int] | None = None,
+        pool: str | None = None,
+        progress: bool | None = None,
+    ) -> tuple[list[int], Tensor]:
+        """Return one key of many images as a single tensor. Only that key's bytes are read.
+
+        Args:
+            key: One of `embedding_keys`.
+            image_ids: Which images, in which order; by default all.
+            pool: `mean` or `max` over the places of the image or the object queries, in float32; layers stay.
+                `backbone_features` `[C, H, W]` become `[C]`, `encoder_output` `[H*W, d]` and `query_embeddings`
+                `[Q, d]` become `[d]`, `decoder_output` `[L, Q, d]` and `encoder_layers` `[L, H*W, d]` `[L, d]`.
+            progress: Show a progress bar; by default for more than 1000 images or after two seconds.
+
+        Returns:
+            The image ids, and a tensor `[N, ...]` whose rows are in their order.
+
+        Raises:
+            KeyError: The store holds no such image.
+            ValueError: The files hold no such key, it cannot be pooled, no image was chosen, or two shapes differ.
+        """
+        ids = self._chosen(key, image_ids, pool)
+        first = pooled(self.load(ids[0], key), key, pool)
+        stacked = first.new_empty((len(ids), *first.shape))
+
+        def fill(row: int) -> None:
+            tensor = pooled(self._reader.read(self.path(ids[row]), key), key, pool)
+            if tensor.shape != first.shape:
+                advice = " Pool it (pool='mean' or 'max'), or choose images of one size." if key in POOLED_AXES else ""
+                raise SettingError(
+                    f"{key} of image {ids[0]} is {list(first.shape)} and of image {ids[row]} {list(tensor.shape)}: "
+                    f"different shapes cannot be stacked.{advice}"
+                )
+            stacked[row] = tensor
+
+        for _ in in_threads(fill, range(len(ids)), _THREADS, f"Reading {key}", progress):
+            pass
+        return ids, stacked
+
+    def dataset(
+        self,
+        key: str = "query_embeddings",
+        image_ids: Iterable[int] | None = None,
+        pool: str | None = None,
+        targets: Mapping[int, Any] | None = None,
+    ) -> EmbeddingDataset:
+        """Return a view for a `DataLoader`, for example to train a probe. Each item is read when it is asked for.
+
+        Args:
+            key: One of `embedding_keys`.
+            image_ids: Which images, in which order; by default all, or those that have a target.
+            pool: As for `stack`.
+            targets: What to give beside each tensor, by image id; by default the image id itself.
+
+        Raises:
+            KeyError: The store holds no such image.
+            ValueError: The files hold no such key, it cannot be pooled, or no image was chosen.
+        """
+        if image_ids is None and targets is not None:
+            image_ids = [image_id for image_id in self if image_id in targets]
+        return EmbeddingDataset(self.folder, self._chosen(key, image_ids, pool), key, pool, targets)
+
+    def feature_map(self, image_id: SupportsIndex, key: str = "encoder_output") -> Tensor:
+        """Return a tensor with its places folded back to a map of the image.
+
+        Args:
+            image_id: One of `image_ids`.
+            key: `encoder_output` becomes `[d, H, W]`, `encoder_layers` `[L, d, H, W]`, `cross_attention`
+                `[L, Q, H, W]`; `backbone_features` are a map already.
+
+        Raises:
+            KeyError: The store holds no such image.
+            ValueError: The files hold no such key, or it has no places.
+        """
+        check_choice("key", key, ("encoder_output", "encoder_layers", "cross_attention", "backbone_features"))
+        tensor = self.load(image_id, key)
+        if key == "backbone_features":
+            return tensor
+        height, width = self.image(image_id)["feature_size"]
+        if key != "cross_attention":
+            tensor = tensor.transpose(-1, -2)  # [..., d, H*W]
+        return tensor.reshape(*tensor.shape[:-1], height, width)
+
+    def _chosen(self, key: str, image_ids: Iterable[int] | None, pool: str | None) -> list[int]:
+        """Check what `stack` and `dataset` were asked for and return the ids."""
+        self.require(key)
+        if pool is not None:
+            check_choice("pool", pool, POOLS)
+            if key not in POOLED_AXES:
+                raise SettingError(f"{key} cannot be pooled; {', '.join(POOLED_AXES)} can.")
+        ids = self.image_ids if image_ids is None else [int(self.image(image_id)["id"]) for image_id in image_ids]
+        if not ids:
+            raise SettingError(f"No image of {self.folder} was chosen. It holds {len(self)} images.")
+        return ids

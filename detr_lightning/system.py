@@ -1,0 +1,95 @@
+"""Effects on the whole process: how it ends, and the tuning of torch and the C library for a model on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""From glibc's `malloc.h`; see mallopt(3)."""
+
+LAUNCHER = "DETR_LIGHTNING_LAUNCHER"
+"""The environment variable that holds the process which launched the other ranks of its node."""
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """End as orderly on SIGTERM as on Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def end_with_parent() -> None:
+    """End a rank within seconds of the process that launched it: nobody else would."""
+    by_torchrun, by_rank_0 = "TORCHELASTIC_RUN_ID" in os.environ, int(os.environ.get("LOCAL_RANK", "0")) > 0
+    parent = os.getppid()
+    if by_rank_0 and not by_torchrun:
+        parent = int(os.environ.get(LAUNCHER, parent))  # It may have died while this process imported.
+    os.environ[LAUNCHER] = str(os.getpid())
+    if not (by_torchrun or by_rank_0) or any(thread.name == "parent-watch" for thread in threading.enumerate()):
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees for its next allocations, where the C library is glibc.
+
+    A feature map of DETR's first stage takes 55 MB in float32. By default glibc hands blocks of this size back to the
+    system when they are freed, and the system clears every page anew for the next image: a tenth of an image's time.
+    It holds for the whole process and cannot be undone, and the process stays as large as it has been.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class SideThreads(ThreadPoolExecutor):
+    """Threads that work beside the model, each of them running torch on one core.
+
+    By default each thread that calls a torch operator gets a team of OpenMP threads, one for each core, that go on
+    spinning for a while when the operator is done, on the cores that the model computes on.
+
+    Args:
+        number: How many threads.
+        name: What their names begin with.
+    """
+
+    def __init__(self, number: int, name: str) -> None:
+        super().__init__(number, thread_name_prefix=name, initializer=_take_one_core)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the threads; see `concurrent.futures.Executor.shutdown`."""
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        # Setting it in one thread also set what later threads would begin with.
+        torch.set_num_threads(torch.get_num_threads())
+
+
+def _take_one_core() -> None:
+    torch.get_num_threads()  # A thread's first use of torch takes the process's latest number: before, not after.
+    torch.set_num_threads(1)
