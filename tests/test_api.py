@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from coco_factory import Coco, make_coco
-from ran import RunCLI
 from lightning.pytorch import Trainer
 from PIL import Image
+from ran import RunCLI
 
 from detr_lightning import DETRExtractor, EmbeddingStore, extract
 from detr_lightning.errors import UnreadableImageError
