@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from store_factory import annotations_of, make_store
 
-from detr_lightning import plots
+from detr_lightning.analysis import plots
 from detr_lightning.analysis.objects import objects
 from detr_lightning.analysis.plots.style import color_of, ink_on
 from detr_lightning.format.schema import KEYS
