@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detr_lightning.data.decode import resized_size
+from detr_lightning.format.preprocessing import resized_size
 from detr_lightning.model.detr import MEAN, STD
 
 

@@ -38,9 +38,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 from contestants import KEYS, PRECISIONS, Contestant, Ours, device, flops_of_one_image, pixels_of_one_image, timed
 
-from detr_lightning.data.decode import locate, read_pixels, resized_size
+from detr_lightning.data.decode import locate, read_pixels
 from detr_lightning.data.records import ImageRecord
 from detr_lightning.format.files import save_tensors
+from detr_lightning.format.preprocessing import resized_size
 from detr_lightning.model.checkpoints import load
 from detr_lightning.model.detr import DETR, fold, normalise
 

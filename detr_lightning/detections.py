@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from detr_lightning.errors import SettingError
+from detr_lightning.errors import SettingError, check_choice
+
+SCORINGS = ("softmax", "sigmoid")
+"""How logits become probabilities."""
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """COCO's twelve numbers in COCO's order: average precision, then average recall; s, m and l are object sizes."""
@@ -22,30 +25,53 @@ class Detections(NamedTuple):
     scores: Tensor
     """`[..., Q]`: the probability of the likeliest category."""
     labels: Tensor
-    """`[..., Q]`: the likeliest category, "no object" left aside. The index of a logit is the COCO category id."""
+    """`[..., Q]`: the index of the likeliest category's logit, "no object" left aside."""
     boxes_xyxy: Tensor
     """`[..., Q, 4]`: corners in pixels of the original image; a box may reach a little beyond the image."""
 
 
-def detect(pred_logits: Tensor, pred_boxes: Tensor, size: tuple[int, int] | Tensor) -> Detections:
-    """Turn a model's predictions into detections, as the official DETR does for box detection (models/detr.py).
+def detect(
+    pred_logits: Tensor, pred_boxes: Tensor, size: tuple[int, int] | Tensor, scoring: str = "softmax"
+) -> Detections:
+    """Turn a model's predictions into one detection per query, as the official DETR does (models/detr.py).
 
     Args:
-        pred_logits: `[..., Q, C + 1]`; the last column is "no object".
+        pred_logits: `[..., Q, num_logits]`.
         pred_boxes: `[..., Q, 4]`: center x, center y, width, height, relative to the image.
         size: `(height, width)` of the original image, or a tensor `[..., 2]` of them.
+        scoring: See `probabilities`.
 
     Returns:
         Detections in float32, unless the predictions are of higher precision.
+
+    Raises:
+        SettingError: An unknown scoring.
     """
-    dtype = torch.promote_types(pred_logits.dtype, torch.float32)
-    scores, labels = pred_logits.to(dtype).softmax(-1)[..., :-1].max(-1)
+    scores, labels = probabilities(pred_logits, scoring).max(-1)
     boxes_cxcywh = pred_boxes.to(torch.promote_types(pred_boxes.dtype, torch.float32))
     center, extent = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
     boxes = torch.cat([center - extent / 2, center + extent / 2], dim=-1)
     height, width = torch.as_tensor(size, device=boxes.device).unbind(-1)
     scale = torch.stack([width, height, width, height], dim=-1)
     return Detections(scores, labels, boxes * scale.unsqueeze(-2))
+
+
+def probabilities(pred_logits: Tensor, scoring: str = "softmax") -> Tensor:
+    """Return the probability of each category.
+
+    Args:
+        pred_logits: `[..., num_logits]`.
+        scoring: `softmax`, where the last logit is "no object", or `sigmoid`, where every logit is a category.
+
+    Returns:
+        `[..., C]`, in float32, unless the logits are of higher precision.
+
+    Raises:
+        SettingError: An unknown scoring.
+    """
+    check_choice("scoring", scoring, SCORINGS)
+    logits = pred_logits.to(torch.promote_types(pred_logits.dtype, torch.float32))
+    return logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)[..., :-1]
 
 
 def coco_results(image_id: int, detections: Detections, threshold: float = 0.0) -> list[dict[str, Any]]:

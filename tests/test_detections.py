@@ -72,6 +72,16 @@ def test_the_label_is_the_logit_index_and_no_object_is_dropped() -> None:
     assert scores[1] < 0.01
 
 
+def test_with_sigmoid_every_logit_is_a_category() -> None:
+    logits = torch.tensor([[-2.0, 1.0, 3.0], [0.5, -1.0, -3.0]])
+    scores, labels, _ = detect(logits, torch.rand(2, 4), (10, 10), scoring="sigmoid")
+    assert labels.tolist() == [2, 0]
+    torch.testing.assert_close(scores, logits.sigmoid()[range(2), [2, 0]])
+    assert detect(logits, torch.rand(2, 4), (10, 10)).labels.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="scoring is 'logistic', which is none of softmax, sigmoid"):
+        detect(logits, torch.rand(2, 4), (10, 10), scoring="logistic")
+
+
 def test_boxes_are_in_pixels_of_the_original_and_not_clamped() -> None:
     boxes = torch.tensor([[0.5, 0.5, 0.5, 0.25], [0.0, 1.0, 0.2, 0.2]])
     found = detect(torch.zeros(2, 92), boxes, (480, 640))

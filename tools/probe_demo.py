@@ -26,7 +26,7 @@ from torchvision.ops import box_convert, box_iou
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from detr_lightning.data.decode import resized_size
+from detr_lightning.format.preprocessing import resized_size
 from detr_lightning.model.detr import DETR
 from tools.demo_dataset import ANNOTATION_FILE
 from tools.train_demo import ARCHITECTURE, LONG_SIDE, SHORT_SIDE

@@ -30,7 +30,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_convert, generalized_box_iou,
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from detr_lightning.data.decode import resized_size
+from detr_lightning.format.preprocessing import resized_size
 from detr_lightning.model.detr import DETR, Architecture, normalise
 from tools.demo_dataset import CATEGORIES, draw_picture
 

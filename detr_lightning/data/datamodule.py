@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from detr_lightning.data.batching import BATCHINGS, plan_batches
 from detr_lightning.data.coco import ground_truth
-from detr_lightning.data.decode import BACKENDS, image_folder, resized_size
+from detr_lightning.data.decode import BACKENDS, image_folder
 from detr_lightning.data.loading import ImageBatches, Reader, leave_signals_to_parent, read_file, unwrap
 from detr_lightning.data.records import Failure, ImageRecord
 from detr_lightning.data.sources import read_coco, read_folder, select
 from detr_lightning.errors import SettingError, UnreadableImageError, check_choice
+from detr_lightning.format.preprocessing import resized_size
 
 
 class COCODataModule(LightningDataModule):

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
 
 from detr_lightning.data.records import ImageRecord
-from detr_lightning.errors import SettingError, UnreadableImageError, check_choice
+from detr_lightning.errors import UnreadableImageError, check_choice
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
 """What is decoded, whatever a file's extension says. Pillow knows more, but hands EPS to an external program."""
@@ -105,38 +105,6 @@ def _silence() -> None:
 
 BACKENDS = ("pil", "torchvision")
 """What `data.image_backend` may be."""
-
-
-def resized_size(size: tuple[int, int], short_side: int = 800, long_side: int = 1333) -> tuple[int, int]:
-    """Return the size at which DETR sees an image.
-
-    The rule of official DETR's datasets/transforms.py, roundings included: the short side becomes `short_side`, or less
-    where the long side would pass `long_side`; the long side follows, truncated. It may still pass `long_side` by a
-    pixel. Hugging Face and torchvision's `max_size` round differently and give other sizes for some images.
-
-    Args:
-        size: Height and width of the image.
-        short_side: What the short side becomes.
-        long_side: What the long side should not pass.
-
-    Returns:
-        Height and width after resizing.
-
-    Raises:
-        ValueError: The image is so thin that no pixel of its short side would be left.
-    """
-    height, width = size
-    short, long = min(size), max(size)
-    if long / short * short_side > long_side:
-        short_side = round(long_side * float(short) / long)
-    if short_side < 1:
-        raise SettingError(
-            f"an image of {width}x{height} (width x height) is too thin: resized it would have no pixels"
-        )
-    if short == short_side:
-        return height, width
-    long_side = int(short_side * long / short)
-    return (long_side, short_side) if width < height else (short_side, long_side)
 
 
 def read_pixels(

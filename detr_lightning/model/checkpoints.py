@@ -11,7 +11,7 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from detr_lightning.errors import InputError, check_choice
+from detr_lightning.format.preprocessing import Preprocessing
 from detr_lightning.model.detr import hugging_face
 from detr_lightning.model.detr.detr import DETR, Architecture
 from detr_lightning.model.detr.official import OFFICIAL, fetch
+from detr_lightning.model.labels import coco_ids
 from detr_lightning.model.weight_files import read_pickled, sha256_of
 
 __all__ = ["OFFICIAL", "RANDOM", "Checkpoint", "load"]
@@ -44,12 +46,22 @@ class Checkpoint:
         name: The official name, the hub id, `random`, or the name of the local file or folder.
         sha256: Of the file; of several files, as if they were one; of the tensors if they are random.
         notes: What was decided that tensors do not tell, for the user to read.
+        preprocessing: How images become the model's input.
+        category_names: The name of a category by logit index; None where the checkpoint has no names.
+        category_ids: The COCO category id of each logit but "no object"; None where the labels are not COCO's.
+        scoring: `softmax`, where the last logit is "no object", or `sigmoid`, where every logit is a category.
+        family: The model's type, as transformers names it.
     """
 
     model: DETR
     name: str
     sha256: str
     notes: str
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    category_names: dict[int, str] | None = None
+    category_ids: tuple[int, ...] | None = None
+    scoring: str = "softmax"
+    family: str = "detr"
 
 
 def load(weights: str, nheads: int | None = None, dilation: bool | None = None) -> Checkpoint:
@@ -76,24 +88,33 @@ def load(weights: str, nheads: int | None = None, dilation: bool | None = None) 
     notes = f"{architecture.name}: {heads} heads ({heads_from}), {'' if dilated else 'not '}dilated ({dilated_from})"
     # Copied, for a file may be mapped, and may be replaced while the model is in use.
     tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in source.tensors.items()}
-    return Checkpoint(_fill(source.name, architecture, tensors), source.name, source.sha256, notes)
+    return Checkpoint(
+        _fill(source.name, architecture, tensors),
+        source.name,
+        source.sha256,
+        notes,
+        category_names=source.names,
+        category_ids=coco_ids(source.names, architecture.num_logits - 1),
+    )
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Tensors in the official layout, what else is known of the model, and what says so."""
+    """Tensors in the official layout, what else is known of the model, and where that is known from."""
 
     name: str
     sha256: str
     tensors: dict[str, Tensor]
     known: dict[str, Any]
     known_from: str
+    names: dict[int, str] | None = None
 
 
 def _find(weights: str) -> _Source:
     if weights in OFFICIAL:
         path, sha256 = fetch(OFFICIAL[weights])
-        return _Source(weights, sha256, _read_file(path)[0], OFFICIAL[weights].known, "official")
+        official = OFFICIAL[weights]
+        return _Source(weights, sha256, _read_file(path)[0], official.known, "official", official.category_names)
 
     path = Path(weights).expanduser()
     if path.is_file():
@@ -101,7 +122,9 @@ def _find(weights: str) -> _Source:
         tensors, args = _read_file(path)
         for official in OFFICIAL.values():
             if sha256.startswith(official.sha256_prefix):
-                return _Source(path.name, sha256, tensors, official.known, "known by its sha256")
+                return _Source(
+                    path.name, sha256, tensors, official.known, "known by its sha256", official.category_names
+                )
         return _Source(path.name, sha256, tensors, args, "from its args")
 
     name = path.resolve().name
@@ -113,8 +136,8 @@ def _find(weights: str) -> _Source:
                 "model.weights", weights, [*OFFICIAL, RANDOM, "a .pth file", "a Hugging Face folder or hub id"]
             )
         path, name = hugging_face.from_hub(weights), weights
-    tensors, config, files = hugging_face.read_folder(path)
-    return _Source(name, sha256_of(files), tensors, config, "from its config.json")
+    tensors, known, names, files = hugging_face.read_folder(path)
+    return _Source(name, sha256_of(files), tensors, known, "from its config.json", names)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

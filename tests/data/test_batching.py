@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detr_lightning.data.batching import collate, plan_batches
-from detr_lightning.data.decode import resized_size
 from detr_lightning.data.records import ImageRecord
+from detr_lightning.format.preprocessing import resized_size
 
 resize = partial(resized_size, short_side=80, long_side=133)
 

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from detr_lightning.data.decode import BACKENDS, locate, read_pixels, resized_size, rgb
+from detr_lightning.data.decode import BACKENDS, locate, read_pixels, rgb
 from detr_lightning.data.records import ImageRecord
 from detr_lightning.data.sources import read_coco
 from detr_lightning.errors import UnreadableImageError
+from detr_lightning.format.preprocessing import resized_size
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 COCO = SHARED / "coco"

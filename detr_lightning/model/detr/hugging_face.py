@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from detr_lightning.errors import InputError
+from detr_lightning.model.labels import names_of_config
 from detr_lightning.model.weight_files import read_pickled
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -78,11 +79,12 @@ def from_hub(hub_id: str) -> Path:
     return folder
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[int, str] | None, list[Path]]:
     """Read a Hugging Face DETR folder.
 
     Returns:
-        The tensors under their official names, what the config tells (`nheads`, `dilation`), and the files of weights.
+        The tensors under their official names, what the config tells (`nheads`, `dilation`), the names of the
+        categories by logit index if it has them, and the files of weights.
 
     Raises:
         FileNotFoundError: The folder holds no config or no weights.
@@ -95,14 +97,14 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[P
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-        known = _facts(config)
+        known, names = _facts(config), names_of_config(config)
     except (ValueError, AttributeError) as error:
         raise InputError(f"{config_file}: {error}") from error
     files = _weight_files(folder)
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _read(file)
-    return to_official(tensors), known, files
+    return to_official(tensors), known, names, files
 
 
 def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from detr_lightning.model.labels import STUFF, coco_names
 from detr_lightning.model.weight_files import first_line, sha256_of
 
 BASE_URL = "https://dl.fbaipublicfiles.com/detr/"
@@ -42,6 +43,11 @@ class Official:
     def known(self) -> dict[str, Any]:
         """What its tensors do not tell; all have 8 heads."""
         return {"nheads": 8, "dilation": self.dilation}
+
+    @property
+    def category_names(self) -> dict[int, str]:
+        """The names of COCO's categories by id, which is the logit's index; those of panoptic models with stuff."""
+        return coco_names() | (STUFF if "panoptic" in self.file else {})
 
 
 OFFICIAL = {

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from detr_lightning.data.decode import read_pixels, resized_size
+from detr_lightning.data.decode import read_pixels
 from detr_lightning.data.records import ImageRecord
+from detr_lightning.format.preprocessing import resized_size
 from detr_lightning.model import checkpoints
 from detr_lightning.model.detr import fold, normalise
 from detr_lightning.model.detr.detr import DETR
