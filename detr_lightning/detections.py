@@ -98,7 +98,8 @@ def evaluate(
     """Return COCO's twelve numbers for detected boxes.
 
     Args:
-        coco_ground_truth: A `pycocotools.coco.COCO` of the annotations.
+        coco_ground_truth: The annotations: a COCO dataset (the content of an `instances_*.json`), or a
+            `pycocotools.coco.COCO` of it. Their ids are not used and may be of any kind.
         results: Rows as `coco_results` gives them; they are not changed. None at all is a detector that finds nothing.
         image_ids: The images to evaluate; by default all that the annotations list, so that those of a subset have to
             be named. An image without detections counts.
@@ -107,33 +108,41 @@ def evaluate(
         The numbers by the names in `METRICS`, from 0 to 1; -1 where no annotated object is of that size.
 
     Raises:
-        ValueError: A result is of an image that the annotations do not list.
+        SettingError: A result is of an image that the annotations do not list.
     """
-    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    known = set(coco_ground_truth.getImgIds())
+    dataset = getattr(coco_ground_truth, "dataset", coco_ground_truth)
+    known = {image["id"] for image in dataset["images"]}
     if strangers := {row["image_id"] for row in results} - known:
         raise SettingError(
             f"image {min(strangers)} has detections but is not in the annotations, which list {len(known)} images. "
             "Give the annotation file of the images that were detected on."
         )
-    # Not loadRes, which changes its rows, fails on none, and asks for keys that hand-made annotation files lack.
-    detected = COCO()
-    detected.dataset = {
-        "images": coco_ground_truth.dataset["images"],
-        "categories": coco_ground_truth.dataset.get("categories", []),
-        "annotations": [
-            {**row, "id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
-            for number, row in enumerate(results, start=1)
-        ],
-    }
+    detected = [{**row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} for row in results]
     with contextlib.redirect_stdout(io.StringIO()):
-        detected.createIndex()
-        evaluation = COCOeval(coco_ground_truth, detected, "bbox")
+        evaluation = COCOeval(_indexed(dataset, dataset["annotations"]), _indexed(dataset, detected), "bbox")
         if image_ids is not None:
             evaluation.params.imgIds = sorted(set(image_ids))
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
+
+
+def _indexed(dataset: Mapping[str, Any], annotations: Iterable[Mapping[str, Any]]) -> Any:
+    """Return a `pycocotools.coco.COCO` of annotations numbered from 1.
+
+    pycocotools keeps one annotation per id and takes id 0 for "not matched". Its own `loadRes` changes its rows, fails
+    on none, and asks for keys that hand-made annotation files lack.
+    """
+    from pycocotools.coco import COCO
+
+    coco = COCO()
+    coco.dataset = {
+        "images": dataset["images"],
+        "categories": dataset.get("categories", []),
+        "annotations": [{**annotation, "id": number} for number, annotation in enumerate(annotations, start=1)],
+    }
+    coco.createIndex()
+    return coco

@@ -32,7 +32,7 @@ ALLOWED = {
     "detections": {"errors"},
     "parallel": set(),
     "store": {"errors", "format", "parallel", "detections", "command"},  # command: the alias store/__main__.py
-    "analysis": {"errors", "format", "parallel", "detections", "store"},
+    "analysis": {"errors", "format", "parallel", "data", "detections", "store"},
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from detr_lightning.analysis.objects import CORNERS, objects
+from detr_lightning.data.coco import COCOFile, read_coco_file
 from detr_lightning.store.store import EmbeddingStore
 
 # Below objects, which says what to install where pandas is missing.
 import pandas as pd  # isort: skip
-from detr_lightning.errors import SettingError
+from detr_lightning.errors import InputError, SettingError
 
 AREAS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
 """COCO's classes of an object's area in pixels: each reaches up to its number."""
@@ -60,20 +60,18 @@ def match(
 
     Raises:
         FileNotFoundError: There is no such annotation file.
-        ValueError: It is no COCO annotation file, or one of other images.
+        InputError: It is no COCO annotation file, or one of other images.
     """
     if not 0 < iou <= 1:
         raise SettingError(f"iou is {iou}; an overlap is above 0 and at most 1.")
-    path = Path(annotation_file).expanduser()
-    content = _annotations(path, store)
+    content = _read(annotation_file, store)
     if detections is None:
         detections = objects(store, threshold)
-    names = {category["id"]: category["name"] for category in content["categories"]}
     detections = detections.reset_index(drop=True)
     by_image = detections.groupby("image_id").indices
 
     ground_truth: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in store}
-    for annotation in content["annotations"]:
+    for annotation in content.annotations:
         if annotation["image_id"] in ground_truth:
             ground_truth[annotation["image_id"]].append(annotation)
 
@@ -83,16 +81,15 @@ def match(
     taken: set[int] = set()
     on_crowd: set[int] = set()
     for image_id, everything in ground_truth.items():
-        crowds = [annotation for annotation in everything if annotation.get("iscrowd")]
-        annotated = [annotation for annotation in everything if not annotation.get("iscrowd")]
+        crowds = [annotation for annotation in everything if annotation["iscrowd"]]
+        annotated = [annotation for annotation in everything if not annotation["iscrowd"]]
         indices = by_image.get(image_id, np.empty(0, dtype=np.int64))
         pairs = _assign(detections.iloc[indices], annotated, iou, same_category)
         for annotation, pair in zip(annotated, pairs, strict=True):
-            row: dict[str, Any] = {"annotation_id": annotation["id"]}
+            row: dict[str, Any] = {"annotation_id": annotation.get("id")}
             row.update((name, value) for name, value in annotation.items() if name != "id")
-            row["category"] = names[annotation["category_id"]]
-            area = annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3])
-            row["area_class"] = next(name for name, limit in AREAS.items() if area < limit)
+            row["category"] = content.categories[annotation["category_id"]]
+            row["area_class"] = next(name for name, limit in AREAS.items() if annotation["area"] < limit)
             row["found"] = pair is not None
             if pair is not None:
                 index = int(indices[pair[0]])
@@ -146,46 +143,32 @@ def _overlaps(boxes: np.ndarray, annotated: list[dict[str, Any]], crowd: bool = 
     return np.asarray(shared / np.maximum(union, 1e-12))
 
 
-def _annotations(path: Path, store: EmbeddingStore) -> dict[str, Any]:
+def _read(annotation_file: str | os.PathLike[str], store: EmbeddingStore) -> COCOFile:
     """Read an annotation file and check that it is of the store's images.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no COCO annotation file, or its images, sizes or categories are others than the store's.
+        InputError: It is no COCO annotation file, or its images, sizes or categories are others than the store's.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. Give COCO's instances_*.json of the extracted images.")
-    try:
-        content = json.loads(path.read_bytes())
-        images = {image["id"]: image for image in content["images"]}
-        categories = {category["id"]: category["name"] for category in content["categories"]}
-        for annotation in content["annotations"]:
-            _, _, _, _ = annotation["bbox"]
-            if annotation["category_id"] not in categories:
-                raise SettingError(
-                    f"annotation {annotation['id']} has the unknown category {annotation['category_id']}"
-                )
-            _ = annotation["image_id"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise SettingError(f"{path} is not a COCO annotation file with boxes: {reason}.") from error
-    missing = [image_id for image_id in store if image_id not in images]
+    content = read_coco_file(Path(annotation_file).expanduser(), "whole", "annotation_file")
+    records = {record.image_id: record for record in content.images}
+    missing = [image_id for image_id in store if image_id not in records]
     if missing:
-        raise SettingError(
-            f"{path} is of another dataset: of the {len(store)} images of {store.folder} it does not list "
+        raise InputError(
+            f"{content.path} is of another dataset: of the {len(store)} images of {store.folder} it does not list "
             f"{len(missing)}, for example {missing[0]}."
         )
     for image_id in store:
-        ours, theirs = store.image(image_id), images[image_id]
-        sizes = [(image.get("width"), image.get("height")) for image in (ours, theirs)]
-        if None not in sizes[1] and sizes[0] != sizes[1]:
-            raise SettingError(
-                f"{path} is of another dataset: image {image_id} is {sizes[1][0]}x{sizes[1][1]} there and "
-                f"{sizes[0][0]}x{sizes[0][1]} in {store.folder}."
+        ours, theirs = store.image(image_id), records[image_id]
+        if theirs.width and (ours["height"], ours["width"]) != theirs.size:
+            raise InputError(
+                f"{content.path} is of another dataset: image {image_id} is {theirs.width}x{theirs.height} there and "
+                f"{ours['width']}x{ours['height']} in {store.folder}."
             )
     for index, name in store.categories.items():
-        if categories.get(index, name) != name:
-            raise SettingError(
-                f"{path} calls category {index} {categories[index]!r}, {store.folder} calls it {name!r}."
+        if content.categories.get(index, name) != name:
+            raise InputError(
+                f"{content.path} calls category {index} {content.categories[index]!r}, "
+                f"{store.folder} calls it {name!r}."
             )
-    return dict(content)
+    return content

@@ -1,18 +1,18 @@
-"""A COCO annotation file: its images and categories, checked entry by entry, since anyone may have made it."""
+"""The one reader of COCO JSON, for images, for validation and for matching. Anyone may have made the file."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import posixpath
 import re
 import reprlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from detr_lightning.data.records import ImageRecord
 from detr_lightning.errors import InputError
 
 MAX_ID = 10**12 - 1
@@ -21,106 +21,174 @@ MAX_ID = 10**12 - 1
 MAX_SIDE = 2**31 - 1
 """The longest side that an image file can state."""
 
-Entry = tuple[int, str, int, int]
-"""An image's id, file name, width and height; the last two 0 where the file leaves one of them out."""
+MAX_NUMBER = 1e12
+"""No number of pixels in an annotation is larger. NaN and infinity are not smaller either."""
 
 _OUTSIDE = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
 """An absolute path, also one of Windows, or one with `..` in it."""
+
+_INTEGER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*")
+_NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\s*")
 
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 120
 
 
-def parse_annotations(source: Path) -> tuple[list[Entry], dict[int, str]]:
-    """Read the images and the categories of a COCO file.
+@dataclass(frozen=True)
+class COCOFile:
+    """The content of a COCO annotation file, each value in its one form.
 
-    Returns:
-        The images in the file's order, and the name of each category id.
+    Attributes:
+        path: The file.
+        images: In the file's order; width and height are 0 where the file leaves one of them out.
+        categories: The name of each category id.
+        annotations: With an integer `image_id` and `category_id`, a finite `bbox` `[x, y, width, height]`, an `area`
+            (the box's where the file has none) and `iscrowd` 0 or 1. `id` is the file's own: text, repeated or missing.
+            Empty where they were not asked for.
+    """
+
+    path: Path
+    images: list[ImageRecord]
+    categories: dict[int, str]
+    annotations: list[dict[str, Any]]
+
+    def ground_truth(self, image_ids: Collection[int]) -> dict[str, Any]:
+        """Return what is needed to evaluate detections in these images, as a COCO dataset.
+
+        Raises:
+            InputError: None of the images has an annotation.
+        """
+        wanted = frozenset(image_ids)
+        annotations = [annotation for annotation in self.annotations if annotation["image_id"] in wanted]
+        if not annotations:
+            raise InputError(
+                f"{self.path} has no annotation for any of the {len(wanted)} images, "
+                "so there is nothing to compare with."
+            )
+        return {
+            "images": [{"id": image_id} for image_id in sorted(wanted)],
+            "categories": [{"id": number, "name": name} for number, name in self.categories.items()],
+            "annotations": annotations,
+        }
+
+
+def read_coco_file(
+    source: str | os.PathLike[str],
+    annotations: Literal["skip", "boxes", "whole"] = "skip",
+    setting: str = "data.annotation_file",
+) -> COCOFile:
+    """Read and check a COCO annotation file, in any encoding of Unicode.
+
+    What has one meaning is normalised: integers and numbers written as text, integers with a decimal point, a missing
+    `area` or `iscrowd`. What has none is refused: NaN, infinity, a repeated image id, a box that is none.
+
+    Args:
+        source: The file.
+        annotations: `skip` leaves them unread, `boxes` checks them and drops their segmentation, `whole` keeps every
+            field and also takes images without a `file_name`.
+        setting: What the user knows the file as.
 
     Raises:
         FileNotFoundError: The file is not there.
-        ValueError: The file is not COCO's, an entry is unusable, or an image id occurs twice.
+        InputError: The file is not COCO's, or an entry is unusable; the message names the entry.
     """
-    document = _load_json(source)
-    images = document.get("images")
-    if not isinstance(images, list):
-        raise InputError(f"{source} has no list 'images'; it is not a COCO annotation file. {_keys(document)}")
-    if not images:
-        raise InputError(f"{source} lists no images: 'images' is empty.")
-    entries: dict[int, Entry] = {}
-    for index, image in enumerate(images):
-        try:
-            entry = _entry(image)
-        except ValueError as error:
-            raise InputError(f"{source}: images[{index}]{error}") from None
-        first = entries.setdefault(entry[0], entry)
-        if first is not entry:
-            raise InputError(
-                f"{source}: image id {entry[0]} occurs twice, for {_shown.repr(first[1])} and {_shown.repr(entry[1])}. "
-                "Each image needs its own id."
-            )
-    return list(entries.values()), _categories(document, source)
-
-
-def ground_truth(annotation_file: str, image_ids: Collection[int]) -> Any:
-    """Return the annotations of a COCO file as a `pycocotools.coco.COCO`.
-
-    An annotation without `iscrowd` is no crowd, and one without `area` has its box's: files that are not COCO's own
-    often leave them out.
-
-    Raises:
-        ValueError: There is none for these images, or one is not COCO's.
-    """
-    from pycocotools.coco import COCO
-
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            content = COCO(annotation_file)
-        for annotation in content.anns.values():
-            _x, _y, width, height = annotation["bbox"]
-            annotation.setdefault("area", width * height)
-            annotation.setdefault("iscrowd", 0)
-        annotated = {annotation["image_id"] for annotation in content.anns.values()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    path = Path(source)
+    document = _load_json(path, setting, _trim(annotations))
+    images = _images(path, document, named=annotations != "whole")
+    categories = _categories(path, document)
+    if annotations == "skip":
+        return COCOFile(path, images, categories, [])
+    entries = document.get("annotations")
+    if not isinstance(entries, list):
+        raise InputError(f"{path} has no list 'annotations': it is not a COCO annotation file with boxes.")
+    if entries and not categories:
         raise InputError(
-            f"{annotation_file} has annotations that are not COCO's ({type(error).__name__}: {error}). "
-            "Each needs id, image_id, category_id and bbox."
-        ) from error
-    if annotated.isdisjoint(image_ids):
-        raise InputError(
-            f"{annotation_file} has no annotation for any of the {len(image_ids)} images, "
-            "so there is nothing to compare with."
+            f"{path} is not a COCO annotation file with boxes: 'categories' is missing or empty. "
+            'It names the category ids, such as [{"id": 1, "name": "person"}].'
         )
-    return content
+    index, entry = 0, None
+    try:
+        for index, entry in enumerate(entries):  # noqa: B007
+            _normalise(entry, categories)
+    except InputError as error:
+        number = f" (id {_shown.repr(entry['id'])})" if isinstance(entry, dict) and "id" in entry else ""
+        raise InputError(f"{path}: annotations[{index}]{number}{error}") from None
+    return COCOFile(path, images, categories, entries)
 
 
-def _load_json(source: Path) -> dict[str, Any]:
+def _trim(annotations: str) -> Callable[[dict[str, Any]], dict[str, Any] | None] | None:
+    """Return what reduces each object of the file while it is parsed: most of a file is what is not needed here."""
+    if annotations == "whole":
+        return None
+    skip = annotations == "skip"
+
+    def trim(entry: dict[str, Any]) -> dict[str, Any] | None:
+        if "file_name" in entry:
+            if len(entry) > 4 and "image_id" not in entry:
+                return {name: entry[name] for name in ("id", "file_name", "width", "height") if name in entry}
+        elif "bbox" in entry and "image_id" in entry:
+            if skip:
+                return None
+            entry.pop("segmentation", None)
+        return entry
+
+    return trim
+
+
+def _load_json(source: Path, setting: str, hook: Callable[[dict[str, Any]], Any] | None) -> dict[str, Any]:
     if not source.is_file():
         what = "is not a file" if source.exists() else "does not exist"
-        raise FileNotFoundError(f"data.annotation_file {what}: {source}")
+        raise FileNotFoundError(f"{setting} {what}: {source}. Give COCO's instances_*.json, or a file in its format.")
     try:
-        document = json.loads(source.read_bytes())
+        document = json.loads(source.read_bytes(), object_hook=hook)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source} is not JSON that can be read: {error}. Save it as UTF-8.") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{source} is not JSON that can be read ({error}).") from error
+        raise InputError(
+            f"{source} is not JSON that can be read ({error}), so it is not a COCO annotation file."
+        ) from error
     if not isinstance(document, dict):
         hint = "; a list is a file of results, not of annotations" if isinstance(document, list) else ""
         raise InputError(f"{source} holds a {type(document).__name__}, but COCO annotations are an object{hint}.")
     return document
 
 
-def _entry(entry: Any) -> Entry:
+def _images(source: Path, document: dict[str, Any], named: bool) -> list[ImageRecord]:
+    entries = document.get("images")
+    if not isinstance(entries, list):
+        keys = f"Its keys: {', '.join(map(_shown.repr, list(document)[:8]))}." if document else "It is empty."
+        raise InputError(f"{source} has no list 'images'; it is not a COCO annotation file. {keys}")
+    records: dict[int, ImageRecord] = {}
+    for index, entry in enumerate(entries):
+        try:
+            record = _record(entry, named)
+        except InputError as error:
+            raise InputError(f"{source}: images[{index}]{error}") from None
+        first = records.setdefault(record.image_id, record)
+        if first is not record:
+            raise InputError(
+                f"{source}: image id {record.image_id} occurs twice, for {_shown.repr(first.file_name)} and "
+                f"{_shown.repr(record.file_name)}. Each image needs its own id."
+            )
+    return list(records.values())
+
+
+def _record(entry: Any, named: bool) -> ImageRecord:
     if not isinstance(entry, dict):
         raise InputError(f" is {_shown.repr(entry)}, but must be an object with 'id' and 'file_name'.")
-    image_id = entry.get("id")
-    if type(image_id) is not int or not 0 <= image_id <= MAX_ID:
-        raise InputError(f": 'id' is {_shown.repr(image_id)}, but must be an integer from 0 to {MAX_ID}.")
-    width, height = entry.get("width"), entry.get("height")
-    for name, side in (("width", width), ("height", height)):
-        if side is not None and (type(side) is not int or not 0 < side <= MAX_SIDE):
-            raise InputError(f": '{name}' is {_shown.repr(side)}, but must be an integer of at least 1.")
-    if width is None or height is None:
-        width = height = 0
-    return image_id, _file_name(entry.get("file_name")), width, height
+    image_id = _integer(entry.get("id"))
+    if image_id is None or not 0 <= image_id <= MAX_ID:
+        raise InputError(f": 'id' is {_shown.repr(entry.get('id'))}, but must be an integer from 0 to {MAX_ID}.")
+    sides = []
+    for name in ("width", "height"):
+        value = entry.get(name)
+        side = 0 if value is None else _integer(value)
+        if side is None or not (value is None or 0 < side <= MAX_SIDE):
+            raise InputError(f": '{name}' is {_shown.repr(value)}, but must be an integer of at least 1.")
+        sides.append(side)
+    width, height = sides if all(sides) else (0, 0)
+    file_name = entry.get("file_name")
+    return ImageRecord(image_id, "" if file_name is None and not named else _file_name(file_name), width, height)
 
 
 def _file_name(name: Any) -> str:
@@ -137,20 +205,70 @@ def _file_name(name: Any) -> str:
     return posixpath.normpath(name)
 
 
-def _categories(document: dict[str, Any], source: Path) -> dict[int, str]:
-    categories = document.get("categories") or []
-    if not isinstance(categories, list):
-        raise InputError(f"{source}: 'categories' is {_shown.repr(categories)}, but must be a list.")
+def _categories(source: Path, document: dict[str, Any]) -> dict[int, str]:
+    entries = document.get("categories") or []
+    if not isinstance(entries, list):
+        raise InputError(f"{source}: 'categories' is {_shown.repr(entries)}, but must be a list.")
     names: dict[int, str] = {}
-    for index, entry in enumerate(categories):
-        number, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
-        if type(number) is not int or not isinstance(name, str):
+    for index, entry in enumerate(entries):
+        number, name = (_integer(entry.get("id")), entry.get("name")) if isinstance(entry, dict) else (None, None)
+        if number is None or not isinstance(name, str):
             raise InputError(
                 f"{source}: categories[{index}] is {_shown.repr(entry)}, but must have an integer 'id' and a 'name'."
             )
-        names[number] = name
+        if names.setdefault(number, name) != name:
+            raise InputError(f"{source}: category id {number} occurs twice, for {names[number]!r} and {name!r}.")
     return names
 
 
-def _keys(document: dict[str, Any]) -> str:
-    return f"Its keys: {', '.join(map(_shown.repr, list(document)[:8]))}." if document else "It is empty."
+def _normalise(entry: Any, categories: Collection[int]) -> None:
+    """Give an annotation's values their one form, in place."""
+    if not isinstance(entry, dict):
+        raise InputError(f" is {_shown.repr(entry)}, but must be an object with 'image_id', 'category_id' and 'bbox'.")
+    for name in ("image_id", "category_id"):
+        number = _integer(entry.get(name))
+        if number is None:
+            raise InputError(f": '{name}' {_found(entry, name)}, but must be an integer.")
+        entry[name] = number
+    if entry["category_id"] not in categories:
+        raise InputError(f" has the unknown category {entry['category_id']}: 'categories' does not list it.")
+    box = entry.get("bbox")
+    numbers = [_number(value) for value in box] if isinstance(box, list) else []
+    if len(numbers) != 4 or None in numbers or min(numbers[2:]) < 0:  # type: ignore[type-var,operator]
+        raise InputError(
+            f": 'bbox' {_found(entry, 'bbox')}, but must be [x, y, width, height]: "
+            "four finite numbers, the last two not negative."
+        )
+    entry["bbox"] = numbers
+    area = entry.get("area")
+    entry["area"] = numbers[2] * numbers[3] if area in (None, "") else _number(area)  # type: ignore[operator]
+    if entry["area"] is None or entry["area"] < 0:
+        raise InputError(f": 'area' is {_shown.repr(area)}, but must be a finite number of at least 0.")
+    crowd = entry.get("iscrowd")
+    entry["iscrowd"] = int(crowd or 0) if crowd in (None, "", False, True) else _integer(crowd)
+    if entry["iscrowd"] not in (0, 1):
+        raise InputError(f": 'iscrowd' is {_shown.repr(crowd)}, but must be 0 or 1.")
+
+
+def _integer(value: Any) -> int | None:
+    """Return the integer that a value is, also as text or with a decimal point, or None."""
+    if type(value) is int:
+        return value
+    if isinstance(value, str) and _INTEGER.fullmatch(value):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return None
+
+
+def _number(value: Any) -> float | None:
+    """Return the finite number that a value is, also as text, or None."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
+        return None
+    return value
+
+
+def _found(entry: dict[str, Any], name: str) -> str:
+    return f"is {_shown.repr(entry[name])}" if name in entry else "is missing"

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 
 from detr_lightning.data.batching import BATCHINGS, plan_batches
-from detr_lightning.data.coco import ground_truth
+from detr_lightning.data.coco import read_coco_file
 from detr_lightning.data.decode import BACKENDS, image_folder
 from detr_lightning.data.loading import ImageBatches, Reader, leave_signals_to_parent, read_file, unwrap
 from detr_lightning.data.records import Failure, ImageRecord
@@ -177,15 +177,17 @@ class COCODataModule(LightningDataModule):
         """Return this rank's batches of all images."""
         return self._loader(frozenset())
 
-    def ground_truth(self) -> Any:
-        """Return the annotations as a `pycocotools.coco.COCO`.
+    def ground_truth(self) -> dict[str, Any]:
+        """Return the annotations of the images as a COCO dataset.
 
         Raises:
-            ValueError: There is no annotation for the images, or one of them is not COCO's.
+            SettingError: There is no annotation file.
+            InputError: There is no annotation for the images, or one of them is not COCO's.
         """
         if self.annotation_file is None:
             raise SettingError("data.annotation_file is not set: validation needs COCO annotations to compare with.")
-        return ground_truth(self.annotation_file, {record.image_id for record in self.records})
+        content = read_coco_file(self.annotation_file, "boxes")
+        return content.ground_truth({record.image_id for record in self.records})
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Stop at an unreadable image, unless it is to be skipped: here, since an error in a worker arrives garbled.

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from detr_lightning.data.coco import parse_annotations
+from detr_lightning.data.coco import read_coco_file
 from detr_lightning.data.decode import image_folder, locate, open_image
 from detr_lightning.data.records import Failure, ImageRecord
-from detr_lightning.errors import SettingError, UnreadableImageError
+from detr_lightning.errors import InputError, SettingError, UnreadableImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """What counts as an image in a folder without annotations, in upper or lower case."""
@@ -44,8 +44,10 @@ def read_coco(
         UnreadableImageError: A header that had to be read, without `failures`.
     """
     folder = image_folder(image_dir)
-    entries, categories = parse_annotations(Path(annotation_file))
-    records = {entry[0]: ImageRecord(*entry) for entry in entries}
+    content = read_coco_file(annotation_file)
+    if not content.images:
+        raise InputError(f"{annotation_file} lists no images: 'images' is empty.")
+    records = {record.image_id: record for record in content.images}
     unmeasured = [record for record in records.values() if not record.width]
     for record, reason in _measure(folder, unmeasured, max_pixels):
         if reason and failures is None:
@@ -55,7 +57,7 @@ def read_coco(
             del records[record.image_id]
         else:
             records[record.image_id] = record
-    return [records[image_id] for image_id in sorted(records)], categories
+    return [records[image_id] for image_id in sorted(records)], content.categories
 
 
 def read_folder(

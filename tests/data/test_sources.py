@@ -15,7 +15,7 @@ from PIL import Image
 from detr_lightning.data.decode import locate
 from detr_lightning.data.records import ImageRecord
 from detr_lightning.data.sources import read_coco, read_folder, select
-from detr_lightning.errors import UnreadableImageError
+from detr_lightning.errors import InputError, UnreadableImageError
 
 
 def save(folder: Path, name: str, size: tuple[int, int] = (8, 6)) -> Path:
@@ -63,7 +63,8 @@ class TestReadCoco:
             ({"images": ["a.jpg"]}, r"images\[0\] is 'a.jpg', but must be an object"),
             ({"images": [image(), image(file_name="b.jpg")]}, "id 7 occurs twice, for 'a.jpg' and 'b.jpg'"),
             ({"images": [image()], "categories": {"1": "person"}}, "'categories' is .* must be a list"),
-            ({"images": [image()], "categories": [{"id": "1", "name": "person"}]}, r"categories\[0\]"),
+            ({"images": [image()], "categories": [{"id": "one", "name": "person"}]}, r"categories\[0\]"),
+            ({"images": [image()], "categories": [{"id": 1, "name": n} for n in "ab"]}, "category id 1 occurs twice"),
             ({"images": [image()], "categories": ["person"]}, r"categories\[0\] is 'person'"),
         ],
     )
@@ -71,7 +72,7 @@ class TestReadCoco:
         with pytest.raises(ValueError, match=message):
             read_coco(tmp_path, annotate(tmp_path, document))
 
-    @pytest.mark.parametrize("image_id", ["7", True, 7.0, -1, 10**12, None, [7], float("nan")])
+    @pytest.mark.parametrize("image_id", ["seven", "", True, 7.5, -1, "-1", 10**12, None, [7], float("nan")])
     def test_bad_id(self, tmp_path: Path, image_id: Any) -> None:
         with pytest.raises(ValueError, match=r"images\[0\]: 'id' is .* integer from 0 to 999999999999"):
             read_coco(tmp_path, annotate(tmp_path, {"images": [image(id=image_id)]}))
@@ -93,7 +94,7 @@ class TestReadCoco:
         (record,), _ = read_coco(tmp_path, annotate(tmp_path, {"images": [image(file_name=name)]}))
         assert record.file_name == name
 
-    @pytest.mark.parametrize("side", ["8", True, 8.0, 0, -8, 2**31, [8]])
+    @pytest.mark.parametrize("side", ["wide", True, 8.5, 0, "0", -8, 2**31, [8]])
     @pytest.mark.parametrize("name", ["width", "height"])
     def test_bad_size(self, tmp_path: Path, name: str, side: Any) -> None:
         with pytest.raises(ValueError, match=rf"images\[0\]: '{name}' is"):
@@ -347,7 +348,7 @@ class TestFuzz:
         else:
             error = None
         if error is not None:
-            assert type(error) is ValueError
+            assert type(error) is InputError
             assert "annotations.json" in str(error)
             assert len(str(error)) < 1500
             return
