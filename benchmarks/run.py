@@ -209,7 +209,7 @@ def stop(*_):
 import lightning.pytorch.cli
 if len(sys.argv) == 1:
     stop()
-from detr_lightning.command.cli import main
+from detr_lightning.command.main import main
 from detr_lightning.extractor import DETRExtractor
 DETRExtractor.predict_step = stop
 sys.exit(main(sys.argv[1:]))

@@ -55,7 +55,7 @@ def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Coco:
 @pytest.fixture
 def run_cli(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCLI:
     """Run the command in this process, with the tiny weights unless others are named."""
-    from detr_lightning.command.cli import main
+    from detr_lightning.command.main import main
 
     def run(*args: str | Path) -> Ran:
         words = [str(arg) for arg in args]

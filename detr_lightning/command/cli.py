@@ -21,7 +21,7 @@ from detr_lightning.command import reports
 from detr_lightning.command.parser import LINKS, CommandError, CommandParser, check_config
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.data.decode import image_folder
-from detr_lightning.errors import BusyError, IncompleteError, count
+from detr_lightning.errors import DETRLightningError, IncompleteError, count
 from detr_lightning.extraction.run import free_bytes
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
@@ -118,11 +118,11 @@ class DETRCLI(LightningCLI):
         """Return the Trainer.
 
         Raises:
-            CommandError: A setting's type is one that Lightning does not take.
+            CommandError: Lightning does not accept a setting's value.
         """
         try:
             return super().instantiate_trainer(**kwargs)
-        except TypeError as error:
+        except (TypeError, ValueError, ImportError) as error:
             raise CommandError(f"trainer: {error}") from error
 
     @property
@@ -202,14 +202,14 @@ class DETRCLI(LightningCLI):
                 self.console.print(thing, highlight=False, soft_wrap=isinstance(thing, str))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+def run(argv: Sequence[str] | None) -> int:
+    """Run `predict` or `validate`.
 
     Args:
-        argv: The arguments; those of the process by default.
+        argv: The verb and its arguments; None for those of the process, which Lightning launches other ranks with.
 
     Returns:
-        The exit code: 0 for success, 1 for an error, which is printed as one message.
+        The exit code: 0 for success, 1 for an error, which is printed as one message, 130 after Ctrl-C.
     """
     end_with_parent()
     try:
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning has turned into an exit
             return _fail(INTERRUPTED, 130)
         raise
-    except (OSError, ValueError, BusyError, IncompleteError, ImportError, MisconfigurationException) as error:
+    except (DETRLightningError, OSError, MisconfigurationException) as error:
         return _fail(str(error), 1)
     except RuntimeError as error:
         for sign, message in FAILURES.items():

@@ -14,11 +14,13 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from detr_lightning.errors import SettingError
+
 LINKS = {"extract_type": "model.extract_type", "output_dir": "writer.output_dir"}
 """Top-level keys, and the settings they stand for."""
 
 
-class CommandError(ValueError):
+class CommandError(SettingError):
     """A command line or configuration that cannot be run."""
 
 

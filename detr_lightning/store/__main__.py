@@ -1,10 +1,8 @@
-"""`python -m detr_lightning.store`: an alias of the commands that read a folder."""
+"""`python -m detr_lightning.store`: an alias of the command, for its verbs that read a folder."""
 
 from __future__ import annotations
 
-import sys
-
-from detr_lightning.command.store import main
+from detr_lightning.command.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -38,7 +38,7 @@ def worst(a: dict[int, dict[str, torch.Tensor]], b: dict[int, dict[str, torch.Te
 @pytest.fixture(scope="module")
 def reference(coco_folder: Coco, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every tensor there is, one image at a time."""
-    from detr_lightning.command.cli import main
+    from detr_lightning.command.main import main
 
     folder = tmp_path_factory.mktemp("reference") / "out"
     with pytest.MonkeyPatch.context() as patch:

@@ -17,7 +17,8 @@ from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from detr_lightning.command.cli import main
+import detr_lightning.command.cli  # noqa: F401, which main imports only when it is needed
+from detr_lightning.command.main import main
 
 CLI = Path(__file__).resolve().parent.parent.parent / "cli.py"
 

@@ -1,0 +1,37 @@
+"""`detr-lightning export`: write embeddings or detections for other tools."""
+
+from __future__ import annotations
+
+import argparse
+
+from detr_lightning.store.dataset import POOLS
+from detr_lightning.store.store import EmbeddingStore
+
+FORMATS = ("npy", "parquet", "safetensors", "coco")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the folder, the output file and what goes into it."""
+    parser.add_argument("folder", help="the output folder of an extraction")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--format", choices=FORMATS, default="npy", help="default: npy; coco: detection results")
+    parser.add_argument("--key", default="query_embeddings", help="default: query_embeddings; not used by coco")
+    parser.add_argument("--pool", choices=POOLS, help="over the places of the image or the object queries")
+    parser.add_argument("--threshold", type=float, default=0.0, help="coco: leave out lower scores; default: 0")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the file, and print its name and those beside it."""
+    from detr_lightning.store.export import export  # Parquet and COCO's tools are needed here only.
+
+    written = export(
+        EmbeddingStore(options.folder),
+        options.output,
+        options.format,
+        options.key,
+        pool=options.pool,
+        threshold=options.threshold,
+    )
+    for path in written:
+        print(f"wrote {path}")
+    return 0

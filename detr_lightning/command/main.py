@@ -1,0 +1,116 @@
+"""`main`: the whole command, from its arguments to its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from detr_lightning import __version__
+from detr_lightning.command.verbs import VERBS, load_verb
+from detr_lightning.errors import DETRLightningError, SettingError
+
+PROGRAM = "detr-lightning"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments; by default those of the process.
+
+    Returns:
+        The exit code: 0 for success, 1 for an error, which is printed as one message, 130 after Ctrl-C. An error in
+        the program itself is raised, with its traceback.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _run(words, argv)
+    except KeyboardInterrupt:
+        return _fail("Interrupted.", 130)
+    except (DETRLightningError, OSError) as error:
+        return _fail(str(error), 1)
+
+
+def _run(words: Sequence[str], argv: Sequence[str] | None) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if words else 1
+    name, *rest = words
+    if name == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    if name not in VERBS:
+        raise SettingError(_unknown(name, rest))
+    if VERBS[name].lightning:
+        return _run_lightning(argv)
+    module = load_verb(name)
+    parser = VerbParser(name)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(rest))
+
+
+def _run_lightning(argv: Sequence[str] | None) -> int:
+    try:
+        from detr_lightning.command.cli import run  # This takes seconds.
+    except KeyboardInterrupt:
+        return _fail("Interrupted before anything was done.", 130)
+    return run(argv)
+
+
+def overview() -> str:
+    """Return the help of the whole command: every verb, with a line and an example."""
+    width = max(map(len, VERBS)) + 2
+    lines = [f"usage: {PROGRAM} VERB ...", "", "Extract the embeddings of DETR, for COCO or any folder of images.", ""]
+    for name, verb in VERBS.items():
+        lines += [f"  {name:{width}}{verb.help}", f"  {'':{width}}$ {PROGRAM} {name} {verb.example}"]
+    return "\n".join([*lines, "", f"{PROGRAM} VERB --help shows all settings of a verb; --version the version."])
+
+
+class VerbParser(argparse.ArgumentParser):
+    """The parser of one verb, which raises an error in a line or two instead of exiting.
+
+    Args:
+        name: The verb.
+    """
+
+    def __init__(self, name: str) -> None:
+        verb = VERBS[name]
+        super().__init__(
+            f"{PROGRAM} {name}",
+            description=f"{verb.help[0].upper()}{verb.help[1:]}.",
+            epilog=f"Example: {PROGRAM} {name} {verb.example}",
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error, with the nearest flag.
+
+        Raises:
+            SettingError: Always.
+        """
+        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            message += _nearest(unknown[1], flags)
+        raise SettingError(f"{self.prog}: {message}. See {self.prog} --help.")
+
+
+def _unknown(name: str, rest: Sequence[str]) -> str:
+    if name.startswith("-"):
+        verb = next((word for word in rest if word in VERBS), "VERB")
+        return f"The verb comes first, settings such as {name} after it: {PROGRAM} {verb} {name} ..."
+    return f"There is no verb {name!r}. The verbs are {', '.join(VERBS)}.{_nearest(name, VERBS)}"
+
+
+def _nearest(name: str, allowed: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"Error: {message}", file=sys.stderr, flush=True)
+    return code

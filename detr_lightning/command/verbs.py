@@ -1,0 +1,54 @@
+"""The verbs of the command, each with its module, which is imported only when the verb is used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from typing import NamedTuple, Protocol, cast
+
+
+class VerbModule(Protocol):
+    """The functions that the module of a verb has, `predict` and `validate` excepted."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the verb's arguments."""
+
+    def run(self, options: argparse.Namespace) -> int:
+        """Run the verb with parsed arguments; return the exit code.
+
+        Raises:
+            DETRLightningError: The arguments or files cannot be used. The command prints the message and exits with 1.
+            OSError: The same.
+        """
+
+
+class Verb(NamedTuple):
+    """A verb of the command."""
+
+    help: str
+    """One line."""
+    example: str
+    """Its arguments in an example that works."""
+    lightning: bool = False
+    """Whether `command/cli.py` runs it, through LightningCLI."""
+
+
+VERBS = {
+    "predict": Verb(
+        "extract embeddings: one .pt file per image, and metadata.json",
+        "--data.image_dir photos --output_dir out",
+        lightning=True,
+    ),
+    "validate": Verb("compute COCO's AP of a model on annotated images", "--config configs/demo.yaml", lightning=True),
+    "summary": Verb("show the contents of a folder of embeddings", "out"),
+    "verify": Verb("read every file of a folder again and list what is wrong", "out"),
+    "export": Verb(
+        "write embeddings or detections as npy, parquet, safetensors, coco", "out --pool mean --output vectors.npy"
+    ),
+}
+"""All verbs, in the order of the help. `detr_lightning.command.VERB` is the module of each."""
+
+
+def load_verb(name: str) -> VerbModule:
+    """Import the module of a verb that needs no Lightning."""
+    return cast(VerbModule, importlib.import_module(f"detr_lightning.command.{name}"))

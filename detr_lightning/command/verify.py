@@ -1,0 +1,33 @@
+"""`detr-lightning verify`: read every file of a folder again and list what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from detr_lightning.errors import count
+from detr_lightning.store.store import EmbeddingStore
+from detr_lightning.store.verify import verify
+
+SHOWN = 50
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the folder and the number of workers."""
+    parser.add_argument("folder", help="the output folder of an extraction")
+    parser.add_argument("--workers", type=int, help="files checked at once; default: one per processor")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what is wrong to stderr; return 1 if anything is."""
+    problems = verify(options.folder, options.workers)
+    if not problems:
+        print(f"{count(len(EmbeddingStore(options.folder)), 'image')}, every file whole and right.")
+        return 0
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    for problem in problems[:SHOWN]:
+        console.print(problem)
+    more = f", of which the first {SHOWN} are listed" if len(problems) > SHOWN else ""
+    console.print(f"{count(len(problems), 'problem')}{more}.", style="bold red")
+    return 1
