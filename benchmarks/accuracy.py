@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from detr_lightning import extract
-from detr_lightning.format.schema import EXTRACT_TYPES
+from detr_lightning.format.keys import EXTRACT_TYPES
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "batch size 2": {"batch_size": 2},

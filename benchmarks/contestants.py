@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from detr_lightning import COCODataModule, DETRExtractor, EmbeddingWriter
-from detr_lightning.format.schema import EXTRACT_TYPES
+from detr_lightning.format.keys import EXTRACT_TYPES
 from detr_lightning.model.detr import DETR, normalise
 from detr_lightning.progress import calm
 

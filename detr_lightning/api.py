@@ -28,7 +28,7 @@ from detr_lightning.data.records import Failure, ImageRecord, Size
 from detr_lightning.errors import IncompleteError, SettingError, SettingTypeError, UnreadableImageError, count
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
-from detr_lightning.format.schema import dtype_of
+from detr_lightning.format.keys import dtype_of
 from detr_lightning.progress import ImageProgress, calm
 from detr_lightning.store import EmbeddingStore
 
@@ -119,7 +119,7 @@ def extract(
     if writer:
         if writer.metadata is None:
             raise IncompleteError(f"The run ended before all images were in {writer.output_dir}.")
-        _warn_of([entry["file_name"] for entry in writer.metadata["failed"]])
+        _warn_of([entry.file_name for entry in writer.metadata.failed])
         return EmbeddingStore(writer.output_dir)
     found = {
         image_id: {key: torch.empty(t.shape, dtype=dtype_of(key, dtype)).copy_(t) for key, t in tensors.items()}

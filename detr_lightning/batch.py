@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from detr_lightning.errors import InputError
-from detr_lightning.format.schema import KEYS
+from detr_lightning.format.keys import KEYS
 
 
 def split(batch: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:

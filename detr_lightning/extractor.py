@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detr_lightning.detections import METRICS, coco_results, detect, evaluate
 from detr_lightning.errors import SettingError
-from detr_lightning.format.schema import PREDICTIONS, resolve_keys
+from detr_lightning.format.keys import PREDICTIONS, resolve_keys
 from detr_lightning.model.checkpoints import load
 from detr_lightning.model.detr import DETR, fold
 from detr_lightning.system import keep_freed_memory

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from detr_lightning.format import files, schema
-from detr_lightning.format.schema import EXTRACT_TYPES, dtype_of, shape_of
+from detr_lightning.format.keys import EXTRACT_TYPES, FeatureSizes, ModelShape, dtype_of, shape_of
 from detr_lightning.store import EmbeddingStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +77,7 @@ def make_store(
     """Write a finished extraction whose predictions are exactly the annotations, one query each, crowds left out."""
     content = content or annotations_of()
     sizes = {**ARCHITECTURE, **architecture}
-    namespace = SimpleNamespace(**sizes, feature_channels=512 if sizes["block"] == "basic" else 2048)
+    shape = ModelShape.of_architecture(sizes)
     generator = torch.Generator().manual_seed(seed)
     centers = torch.randn(sizes["num_logits"], sizes["hidden_dim"], generator=generator)
     folder.mkdir(parents=True)
@@ -86,7 +85,7 @@ def make_store(
     for image in sorted(content["images"], key=lambda image: image["id"]):
         feature_size = (-(-image["height"] // 64), -(-image["width"] // 64))
         tensors = {
-            key: torch.randn(shape_of(key, namespace, feature_size), generator=generator)
+            key: torch.randn(shape_of(key, shape, FeatureSizes.single(feature_size)), generator=generator)
             for key in dict.fromkeys((*keys, "decoder_output", "cross_attention", "pred_logits", "pred_boxes"))
         }
         objects = [a for a in content["annotations"] if a["image_id"] == image["id"] and not a.get("iscrowd")]
@@ -94,25 +93,29 @@ def make_store(
         tensors["query_embeddings"] = tensors["decoder_output"][-1].clone()
         stored = {key: tensors[key].to(dtype_of(key, dtype)) for key in keys}
         size = files.save_tensors(folder, image["id"], stored)
-        entry = {name: image[name] for name in ("id", "file_name", "width", "height")}
-        entry |= {"input_size": [side * 32 for side in feature_size], "feature_size": list(feature_size), "bytes": size}
-        images.append(entry)
-    metadata = {
-        "image_ids": [image["id"] for image in images],
-        "num_images": len(images),
-        "extract_type": "decoder",
-        "embedding_keys": list(keys),
-        "images": images,
-        "categories": {str(category["id"]): category["name"] for category in content["categories"]},
-        "model": {"weights": "random", "sha256": "0" * 64, "architecture": sizes},
-        "preprocessing": {"short_side": 800, "long_side": 1333, "image_backend": "pil"},
-        "batching": "exact",
-        "dtype": dtype,
-        "precision": "32-true",
-        "failed": [],
-        "versions": {"torch": torch.__version__},
-        "config": {"data": {"image_dir": str(image_dir) if image_dir else None}},
-    }
+        images.append(
+            schema.ImageEntry(
+                *(image[name] for name in ("id", "file_name", "width", "height")),
+                input_size=(feature_size[0] * 32, feature_size[1] * 32),
+                features=FeatureSizes.single(feature_size),
+                bytes=size,
+            )
+        )
+    run = schema.RunRecord(
+        extract_type="decoder",
+        settings=schema.RunSettings(
+            model=schema.ModelRecord(weights="random", sha256="0" * 64, architecture=sizes),
+            keys=tuple(keys),
+            dtype=dtype,
+            preprocessing={"short_side": 800, "long_side": 1333, "image_backend": "pil"},
+            batching="exact",
+            precision="32-true",
+        ),
+        categories={category["id"]: category["name"] for category in content["categories"]},
+        versions={"torch": torch.__version__},
+        config={"data": {"image_dir": str(image_dir) if image_dir else None}},
+    )
+    metadata = schema.Metadata(run=run, images=images).to_json()
     files.write_json(folder / schema.METADATA, metadata)
     return EmbeddingStore(folder)
 

@@ -189,7 +189,7 @@ def test_another_image_in_memory_is_not_taken_for_the_first(tiny_weights: Path, 
     settings = dict(weights=tiny_weights, output_dir=tmp_path / "out", progress=False, **SMALL)
     store = extract([black], **settings)
     assert isinstance(store, EmbeddingStore)
-    assert store.image(1)["file_name"].startswith("image 1 (")
+    assert store.entry(1).file_name.startswith("image 1 (")
     assert len(extract([black, white], **settings)) == 2
     with pytest.raises(ValueError, match="image 1"):
         extract([white], **settings)

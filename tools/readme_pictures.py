@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def smooth(store: EmbeddingStore, table: pd.DataFrame, number: int) -> list[int]
     """Choose images with four objects or more, all of them sure, whose JPEGs and so the pictures are small."""
     scores = table.groupby("image_id").score
     chosen = scores.min()[(scores.size() >= 4) & (scores.min() > 0.85)].index
-    pixels = {i: store.image(i)["width"] * store.image(i)["height"] for i in map(int, chosen)}
+    pixels = {i: math.prod(store.entry(i).size) for i in map(int, chosen)}
     return sorted(pixels, key=lambda image_id: store.image_path(image_id).stat().st_size / pixels[image_id])[:number]
 
 

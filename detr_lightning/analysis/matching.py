@@ -159,11 +159,11 @@ def _read(annotation_file: str | os.PathLike[str], store: EmbeddingStore) -> COC
             f"{len(missing)}, for example {missing[0]}."
         )
     for image_id in store:
-        ours, theirs = store.image(image_id), records[image_id]
-        if theirs.width and (ours["height"], ours["width"]) != theirs.size:
+        entry, other = store.entry(image_id), records[image_id]
+        if other.width and entry.size != other.size:
             raise InputError(
-                f"{content.path} is of another dataset: image {image_id} is {theirs.width}x{theirs.height} there and "
-                f"{ours['width']}x{ours['height']} in {store.folder}."
+                f"{content.path} is of another dataset: image {image_id} is {other.width}x{other.height} there and "
+                f"{entry.width}x{entry.height} in {store.folder}."
             )
     for index, name in store.categories.items():
         if content.categories.get(index, name) != name:

@@ -61,10 +61,8 @@ def objects(
     rows: list[dict[str, Any]] = []
     best, best_image = -1.0, None
     for image_id in track(ids, len(ids), "Reading objects", progress):
-        image = store.image(image_id)
-        found = detect(
-            store.load(image_id, "pred_logits"), store.load(image_id, "pred_boxes"), (image["height"], image["width"])
-        )
+        entry = store.entry(image_id)
+        found = detect(store.load(image_id, "pred_logits"), store.load(image_id, "pred_boxes"), entry.size)
         top = found.scores.max().item()
         if top > best:
             best, best_image = top, image_id

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from rich.console import RenderableType
 from rich.filesize import decimal
@@ -13,7 +12,8 @@ from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.errors import count
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
-from detr_lightning.format.schema import dtype_of, nbytes, shape_of
+from detr_lightning.format.keys import FeatureSizes, dtype_of, nbytes, shape_of
+from detr_lightning.format.schema import METADATA, Metadata
 
 SHOWN = 10
 """Skipped images that are named; metadata.json lists them all."""
@@ -53,16 +53,16 @@ def announcement(
         title_justify="left",
     )
     table.columns[3].justify = "right"
-    architecture = model.detr.architecture
-    feature_size = architecture.feature_size(data.resize(record.size))
+    shape = model.detr.architecture.shape
+    features = FeatureSizes.single(model.detr.architecture.feature_size(data.resize(record.size)))
     for key in model.keys:
-        shape = str(list(shape_of(key, architecture, feature_size)))
         dtype = str(dtype_of(key, writer.dtype)).removeprefix("torch.")
-        table.add_row(key, shape, dtype, f"{nbytes([key], architecture, feature_size, writer.dtype):,}")
+        size = f"{nbytes([key], shape, features, writer.dtype):,}"
+        table.add_row(key, str(list(shape_of(key, shape, features))), dtype, size)
     return [*lines, table]
 
 
-def result(writer: EmbeddingWriter, metadata: Mapping[str, Any], seconds: float, ranks: int) -> list[RenderableType]:
+def result(writer: EmbeddingWriter, metadata: Metadata, seconds: float, ranks: int) -> list[RenderableType]:
     """Return what a run did.
 
     Args:
@@ -71,17 +71,17 @@ def result(writer: EmbeddingWriter, metadata: Mapping[str, Any], seconds: float,
         seconds: How long it took.
         ranks: How many ranks there were.
     """
-    failed, written = metadata["failed"], writer.images_written
+    failed, written = metadata.failed, writer.images_written
     table = Table(show_header=False)
     others = " by rank 0" if ranks > 1 else ""
     table.add_row("written", f"{count(written, 'image')}{others}, {decimal(writer.bytes_written)}")
-    table.add_row("folder", f"{writer.output_dir}: {count(metadata['num_images'], 'image')} and metadata.json")
+    table.add_row("folder", f"{writer.output_dir}: {count(len(metadata.images), 'image')} and {METADATA}")
     table.add_row("time", f"{seconds:.1f} s, {written / seconds:.2f} images/s")
     if not failed:
         return [table]
     table.add_row("skipped", f"{count(len(failed), 'image')}, listed under 'failed' in metadata.json")
     for entry in failed[:SHOWN]:
-        table.add_row("", f"{entry['file_name']}: {entry['reason']}")
+        table.add_row("", f"{entry.file_name}: {entry.reason}")
     return [table, f"Warning: {count(len(failed), 'image')} could not be read."]
 
 

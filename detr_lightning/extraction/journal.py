@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from detr_lightning.errors import BusyError
-from detr_lightning.format.state import read_journal
+from detr_lightning.format.state import DONE, read_journal
 
 PATIENCE = 60.0
 """Seconds that a new run waits for processes of a dead one. Without their parent they stop within a few."""
@@ -102,7 +102,7 @@ class Journal:
         """Let go; `done` says that the rank has been through all it was given."""
         if not self._held.file.closed:
             if done:
-                self.add({"done": True})
+                self.add(DONE)
             with contextlib.suppress(OSError):  # What add could not write, and has said so, it would try again.
                 self._held.file.close()
 
@@ -159,7 +159,7 @@ def await_done(journals: list[Path]) -> None:
     for journal in journals:
         while is_held(journal):
             time.sleep(0.2)
-        if not any("done" in entry for entry in read_journal(journal)):
+        if not any(entry == DONE for entry in read_journal(journal)):
             raise RuntimeError(
                 f"{journal.stem} ended before it was through with its images. "
                 "What is finished is kept: run the same command again to go on."

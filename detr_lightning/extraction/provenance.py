@@ -12,16 +12,15 @@ from lightning.pytorch import Trainer
 from detr_lightning import __version__
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.extractor import DETRExtractor
+from detr_lightning.format.schema import ModelRecord, RunRecord, RunSettings
 from detr_lightning.model.detr import MEAN, STD
 
 PACKAGES = ("lightning", "torch", "torchvision", "pillow")
 """Whose versions are told: what numbers may depend on."""
 
 
-def provenance(
-    trainer: Trainer, model: DETRExtractor, data: COCODataModule, writer: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the metadata of a run, without what belongs to single images.
+def provenance(trainer: Trainer, model: DETRExtractor, data: COCODataModule, writer: Mapping[str, Any]) -> RunRecord:
+    """Return the record of a run: its metadata without the images.
 
     Args:
         trainer: Who computes, where and in which precision.
@@ -30,25 +29,29 @@ def provenance(
         writer: The writer's settings, `dtype` among them.
     """
     checkpoint = model.checkpoint
-    return {
-        "extract_type": model.hparams["extract_type"],
-        "embedding_keys": list(model.keys),
-        "categories": {str(number): name for number, name in sorted(data.categories.items())},
-        "model": {
-            "weights": checkpoint.name,
-            "sha256": checkpoint.sha256,
-            "architecture": vars(model.detr.architecture),
-        },
-        "preprocessing": {**data.preprocessing, "mean": MEAN, "std": STD},
-        "batching": data.batching,
-        "dtype": writer["dtype"],
-        "precision": str(trainer.precision) + (", TF32" if model.hparams["tf32"] else ""),
-        "versions": {
+    settings = RunSettings(
+        model=ModelRecord(
+            weights=checkpoint.name,
+            sha256=checkpoint.sha256,
+            architecture=vars(model.detr.architecture),
+            category_ids=range(model.detr.architecture.num_logits - 1),
+        ),
+        keys=model.keys,
+        dtype=writer["dtype"],
+        preprocessing={**data.preprocessing, "mean": MEAN, "std": STD},
+        batching=data.batching,
+        precision=str(trainer.precision) + (", TF32" if model.hparams["tf32"] else ""),
+    )
+    return RunRecord(
+        extract_type=model.hparams["extract_type"],
+        settings=settings,
+        categories=data.categories,
+        versions={
             "detr-lightning": __version__,
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
-        "config": {
+        config={
             "model": dict(model.hparams),
             "data": dict(data.hparams),
             "writer": dict(writer),
@@ -59,4 +62,4 @@ def provenance(
                 "precision": str(trainer.precision),
             },
         },
-    }
+    )

@@ -6,17 +6,27 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from detr_lightning.errors import IncompleteError, InputError
 from detr_lightning.extraction.journal import Held, Journal, await_done, hold, is_held
-from detr_lightning.extraction.previous import Remains, identity, look, stamp
+from detr_lightning.extraction.previous import PreviousRun, read_previous, stamp
 from detr_lightning.format.files import fsync_folder, is_whole, replacing, save_tensors, write_json
-from detr_lightning.format.schema import METADATA, STATE, TEMPORARY, file_name
-from detr_lightning.format.state import Entry, read_entries, token_of
+from detr_lightning.format.keys import FeatureSizes
+from detr_lightning.format.schema import (
+    METADATA,
+    STATE,
+    TEMPORARY,
+    ImageEntry,
+    Metadata,
+    RunRecord,
+    SkippedImage,
+    file_name,
+)
+from detr_lightning.format.state import RUN, read_entries, run_to_json, token_of
 
 IF_EXISTS = ("resume", "overwrite", "error")
 """What `writer.if_exists` may be."""
@@ -29,34 +39,34 @@ class ExtractionRun:
 
     Args:
         folder: The output folder; it may not exist yet.
-        header: The metadata without what belongs to single images.
-        images: An entry for each planned image: `id`, `file_name`, `width`, `height`, `input_size`.
-        failures: Planned images that cannot be read, each with `id`, `file_name` and `reason`.
+        record: The metadata without the images.
+        images: The planned images.
+        failures: Planned images that cannot be read.
         if_exists: `resume`, `overwrite` or `error`.
     """
 
     def __init__(
         self,
         folder: Path,
-        header: Mapping[str, Any],
-        images: Iterable[Entry],
-        failures: Iterable[Entry] = (),
+        record: RunRecord,
+        images: Iterable[ImageEntry],
+        failures: Iterable[SkippedImage] = (),
         if_exists: str = "resume",
     ) -> None:
         self.folder = Path(folder)
-        self.header = dict(header)
-        self.images = {entry["id"]: entry for entry in images}
-        self.failures = {entry["id"]: entry for entry in failures}
+        self.record = record
+        self.images = {entry.image_id: entry for entry in images}
+        self.failures = {entry.image_id: entry for entry in failures}
         self.if_exists = if_exists
         self.token: str | None = None
-        self.finished: dict[int, Entry] = {}
+        self.finished: dict[int, ImageEntry] = {}
         self.complete = False
-        self._remains = Remains()
+        self._previous = PreviousRun()
         self._lock: Held | None = None
         self._journal: Journal | None = None
 
     @property
-    def pending(self) -> list[Entry]:
+    def pending(self) -> list[ImageEntry]:
         """The planned images that are not finished."""
         return [entry for image_id, entry in self.images.items() if image_id not in self.finished]
 
@@ -77,22 +87,22 @@ class ExtractionRun:
                 f"output_dir {folder} is not empty, and writer.if_exists is 'error'. Choose another folder, "
                 "or writer.if_exists=resume to go on or overwrite to start again."
             )
-        remains = self._remains = look(folder)
+        previous = self._previous = read_previous(folder)
         if self.if_exists == "overwrite":
             return
         self.finished = {
             image_id: entry
-            for image_id, entry in remains.finished.items()
-            if is_whole(folder / file_name(image_id), entry["bytes"])
+            for image_id, entry in previous.finished.items()
+            if is_whole(folder / file_name(image_id), entry.bytes)
         }
         if self.finished:
-            self._refuse_other_settings(remains.header)
+            self._refuse_other_settings()
             self._refuse_other_images()
         self.complete = (
             (folder / METADATA).exists()
             and not (folder / STATE).exists()
             and not self.pending
-            and self.failures.keys() <= remains.failed.keys()
+            and self.failures.keys() <= previous.failed.keys()
         )
 
     def begin(self) -> None:
@@ -105,22 +115,23 @@ class ExtractionRun:
         state = self.folder / STATE
         state.mkdir(parents=True, exist_ok=True)
         self._lock = hold(state / "lock", list(state.glob("rank-*.jsonl")))
-        if stamp(self.folder) != self._remains.stamp:
+        if stamp(self.folder) != self._previous.stamp:
             self.inspect()  # Another run has begun, and ended, since.
         for leftover in (*self.folder.glob(TEMPORARY), *state.glob(TEMPORARY)):
             leftover.unlink(missing_ok=True)
-        if self.if_exists == "overwrite" or self._remains.void:
+        if self.if_exists == "overwrite" or self._previous.void:
             self._forget()
         with replacing(state / "done.jsonl") as file:
             # What is planned now is tried again.
-            failed = {i: entry for i, entry in self._remains.failed.items() if i not in self.images}
-            for entry in (*failed.values(), *self.finished.values()):
-                file.write(json.dumps(entry).encode() + b"\n")
+            failed = {i: entry for i, entry in self._previous.failed.items() if i not in self.images}
+            kept: list[ImageEntry | SkippedImage] = [*failed.values(), *self.finished.values()]
+            for entry in kept:
+                file.write(json.dumps(entry.to_json()).encode() + b"\n")
         for journal in state.glob("rank-*.jsonl"):
             journal.unlink()
         self.token = uuid.uuid4().hex
-        self._remains.recorded |= self.images.keys()
-        write_json(state / "run.json", {**self.header, "token": self.token, "planned": sorted(self._remains.recorded)})
+        self._previous.recorded |= self.images.keys()
+        write_json(state / RUN, run_to_json(self.token, self._previous.recorded, self.record))
         (self.folder / METADATA).unlink(missing_ok=True)
 
     def join(self, rank: int) -> None:
@@ -141,15 +152,15 @@ class ExtractionRun:
             for journal in journals
         ]
 
-    def save(self, image_id: int, tensors: Mapping[str, Tensor], feature_size: tuple[int, int]) -> int:
+    def save(self, image_id: int, tensors: Mapping[str, Tensor], features: FeatureSizes) -> int:
         """Write an image's file and then its entry; return the file's bytes. Any thread may call it."""
         size = save_tensors(self.folder, image_id, tensors)
-        self._write({**self.images[image_id], "feature_size": list(feature_size), "bytes": size})
+        self._write(replace(self.images[image_id], features=features, bytes=size))
         return size
 
     def fail(self, image_id: int, reason: str) -> None:
         """Write down that an image was skipped."""
-        self._write({"id": image_id, "file_name": self.images[image_id]["file_name"], "reason": reason})
+        self._write(SkippedImage(image_id, self.images[image_id].file_name, reason))
 
     def leave(self, done: bool) -> None:
         """Close this rank's journal; `done` says that the rank has been through all it was given."""
@@ -161,7 +172,7 @@ class ExtractionRun:
         if self._lock is not None:
             self._lock.file.close()
 
-    def finish(self, world_size: int) -> dict[str, Any]:
+    def finish(self, world_size: int) -> Metadata:
         """Wait for all ranks, count, and write the metadata.
 
         Returns:
@@ -178,7 +189,7 @@ class ExtractionRun:
         whole = {
             image_id: entry
             for image_id, entry in entries.items()
-            if image_id in self.finished or is_whole(self.folder / file_name(image_id), entry["bytes"])
+            if image_id in self.finished or is_whole(self.folder / file_name(image_id), entry.bytes)
         }
         missing = sorted(self.images.keys() - whole.keys() - failed.keys())
         if missing:
@@ -187,42 +198,32 @@ class ExtractionRun:
                 f"{len(missing)} of {len(self.images)} images have no whole file in {self.folder}: {some}. "
                 "What is finished is kept: run the same command again to go on."
             )
-        for image_id in self._remains.recorded - whole.keys():  # Files that a killed process wrote but did not record.
+        for image_id in self._previous.recorded - whole.keys():  # Files that a killed process wrote but did not record.
             (self.folder / file_name(image_id)).unlink(missing_ok=True)
-        metadata = self._metadata(whole, [failed[image_id] for image_id in sorted(failed.keys() - whole.keys())])
+        metadata = Metadata(
+            run=self.record,
+            images=[whole[image_id] for image_id in sorted(whole)],
+            failed=[failed[image_id] for image_id in sorted(failed.keys() - whole.keys())],
+        )
         fsync_folder(self.folder)
-        write_json(self.folder / METADATA, metadata)
+        write_json(self.folder / METADATA, metadata.to_json())
         shutil.rmtree(state)
         fsync_folder(self.folder)
         self.release()
         return metadata
 
-    def _metadata(self, whole: dict[int, Entry], failed: list[Entry]) -> dict[str, Any]:
-        header = dict(self.header)
-        ids = sorted(whole)
-        first = {
-            "image_ids": ids,
-            "num_images": len(ids),
-            "extract_type": header.pop("extract_type"),
-            "embedding_keys": header.pop("embedding_keys"),
-            "images": [whole[image_id] for image_id in ids],
-        }
-        return {**first, **header, "failed": failed}
-
-    def _write(self, entry: Entry) -> None:
+    def _write(self, entry: ImageEntry | SkippedImage) -> None:
         assert self._journal is not None, "join comes first"
-        self._journal.add(entry)
+        self._journal.add(entry.to_json())
 
-    def _refuse_other_settings(self, before: Mapping[str, Any]) -> None:
+    def _refuse_other_settings(self) -> None:
         try:
-            then = identity(before)
-        except (KeyError, TypeError, AttributeError) as error:
+            differences = self.record.settings.differences(self._previous.settings)
+        except InputError as error:
             raise InputError(
-                f"output_dir {self.folder} does not say with which settings its images were extracted (no {error}). "
+                f"output_dir {self.folder} does not record with which settings its images were extracted ({error}). "
                 "Choose another output_dir, or writer.if_exists=overwrite."
             ) from error
-        now = identity(self.header)
-        differences = [f"{name} was {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
         if differences:
             raise InputError(
                 f"output_dir {self.folder} holds {len(self.finished)} images extracted with other settings: "
@@ -233,21 +234,20 @@ class ExtractionRun:
         for image_id, entry in self.images.items():
             before = self.finished.get(image_id)
             for name in ("file_name", "width", "height"):
-                if before is not None and before[name] != entry[name]:
+                if before is not None and getattr(before, name) != getattr(entry, name):
                     raise InputError(
-                        f"output_dir {self.folder} has image {image_id} with {name} {before[name]}, now it is "
-                        f"{entry[name]}. Choose another output_dir, or writer.if_exists=overwrite."
+                        f"output_dir {self.folder} has image {image_id} with {name} {getattr(before, name)}, now "
+                        f"it is {getattr(entry, name)}. Choose another output_dir, or writer.if_exists=overwrite."
                     )
 
     def _forget(self) -> None:
         """Remove what earlier runs wrote, and nothing else. If this is cut short, the next run goes on with it."""
-        self._remains.failed = {}
+        self._previous.failed = {}
         for journal in (self.folder / STATE).glob("*.jsonl"):
             journal.unlink()
-        void = {"token": uuid.uuid4().hex, "planned": sorted(self._remains.recorded), "void": True}
-        write_json(self.folder / STATE / "run.json", void)
+        write_json(self.folder / STATE / RUN, run_to_json(uuid.uuid4().hex, self._previous.recorded, None))
         (self.folder / METADATA).unlink(missing_ok=True)
-        for image_id in self._remains.recorded:
+        for image_id in self._previous.recorded:
             (self.folder / file_name(image_id)).unlink(missing_ok=True)
 
 

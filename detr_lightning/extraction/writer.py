@@ -17,11 +17,12 @@ from torch import Tensor
 from detr_lightning.batch import HostBatch, split, to_stored
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.errors import SettingError, SettingTypeError, check_choice
-from detr_lightning.extraction.previous import look
+from detr_lightning.extraction.previous import read_previous
 from detr_lightning.extraction.provenance import provenance
 from detr_lightning.extraction.run import IF_EXISTS, ExtractionRun
 from detr_lightning.extractor import DETRExtractor
-from detr_lightning.format.schema import DTYPES, dtype_of, nbytes
+from detr_lightning.format.keys import DTYPES, FeatureSizes, dtype_of, nbytes
+from detr_lightning.format.schema import ImageEntry, Metadata, SkippedImage
 from detr_lightning.system import SideThreads
 
 QUEUED_IMAGES = 64
@@ -59,7 +60,7 @@ class EmbeddingWriter(BasePredictionWriter):
             raise SettingError(f"writer.threads is {threads}, but must be at least 1.")
         self.threads = threads
         self.extraction: ExtractionRun | None = None
-        self.metadata: dict[str, Any] | None = None
+        self.metadata: Metadata | None = None
         self.images_written = 0
         self.bytes_written = 0
         self._count = threading.Lock()
@@ -81,37 +82,33 @@ class EmbeddingWriter(BasePredictionWriter):
             )
         data.setup("predict")
         if self.if_exists == "resume" and data.annotation_file is None:
-            data.keep_ids(look(self.output_dir).file_ids)
+            data.keep_ids(read_previous(self.output_dir).file_ids)
         self.extraction = self._run(trainer, model, data)
         self.extraction.inspect()
         return self.extraction
 
     def _run(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun:
         images = [
-            {
-                "id": record.image_id,
-                "file_name": record.file_name,
-                "width": record.width,
-                "height": record.height,
-                "input_size": list(data.resize(record.size)),
-            }
+            ImageEntry(
+                record.image_id, record.file_name, record.width, record.height, input_size=data.resize(record.size)
+            )
             for record in data.records
         ]
-        failures = [
-            {"id": record.image_id, "file_name": record.file_name, "reason": reason} for record, reason in data.failures
-        ]
+        failures = [SkippedImage(record.image_id, record.file_name, reason) for record, reason in data.failures]
         settings = {"output_dir": str(self.output_dir), "dtype": self.dtype, "if_exists": self.if_exists}
-        header = provenance(trainer, model, data, settings)
-        return ExtractionRun(self.output_dir, header, images, failures, self.if_exists)
+        record = provenance(trainer, model, data, settings)
+        return ExtractionRun(self.output_dir, record, images, failures, self.if_exists)
 
     def bytes_needed(self, model: DETRExtractor) -> int:
         """Return about how many bytes the planned images that are not finished will take."""
         assert self.extraction is not None, "plan comes first"
         container = 2048
+        architecture = model.detr.architecture
+        shape = architecture.shape
         return sum(
-            container + nbytes(model.keys, model.detr.architecture, feature_size, self.dtype)
+            container + nbytes(model.keys, shape, FeatureSizes.single(feature_size), self.dtype)
             for entry in self.extraction.pending
-            for feature_size in [model.detr.architecture.feature_size(tuple(entry["input_size"]))]
+            for feature_size in [architecture.feature_size(entry.input_size)]
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -275,7 +272,7 @@ class EmbeddingWriter(BasePredictionWriter):
         arrived.wait()
         assert self.extraction is not None
         stored = {key: to_stored(key, image_id, tensor, dtype_of(key, self.dtype)) for key, tensor in tensors.items()}
-        size = self.extraction.save(image_id, stored, feature_size)
+        size = self.extraction.save(image_id, stored, FeatureSizes.single(feature_size))
         with self._count:
             self.images_written += 1
             self.bytes_written += size

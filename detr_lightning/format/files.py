@@ -1,4 +1,4 @@
-"""The folder on disk: the names of its files, writing them whole or not at all, reading its metadata."""
+"""Writing files whole or not at all, and telling a whole one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from detr_lightning.errors import InputError
-from detr_lightning.format.schema import METADATA, STATE, file_name
-
-REQUIRED = ("image_ids", "num_images", "extract_type", "embedding_keys", "images")
-"""Without these keys a metadata.json is not one of this program's."""
+from detr_lightning.format.schema import file_name
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -77,7 +73,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def is_whole(path: Path, size: int) -> bool:
+def is_whole(path: Path, size: int | None) -> bool:
     """Return whether a file has the size that was recorded for it and its zip directory reads; contents are not."""
     try:
         if os.stat(path).st_size != size:
@@ -86,51 +82,6 @@ def is_whole(path: Path, size: int) -> bool:
             return True
     except (OSError, zipfile.BadZipFile):
         return False
-
-
-def read_metadata(folder: Path, *, unfinished: bool = False) -> dict[str, Any]:
-    """Return the metadata of a finished extraction.
-
-    Args:
-        folder: The output folder.
-        unfinished: Read it although a later run on the same folder has not finished.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or no finished extraction in it.
-        ValueError: Its metadata.json is not one of this program's.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"{folder} {what}. Give the output folder of an extraction.")
-    path = folder / METADATA
-    if (folder / STATE).exists() and not unfinished:
-        raise FileNotFoundError(f"{folder} holds an unfinished extraction. Run the same command again to finish it.")
-    if not path.is_file():
-        if any(folder.glob("embedding_*.pt")):
-            raise FileNotFoundError(
-                f"{folder} has embeddings but no {METADATA}: the extraction is unfinished. "
-                "Run the same command again to finish it."
-            )
-        raise FileNotFoundError(f"{folder} has no {METADATA}. Give the output folder of a finished extraction.")
-    try:
-        metadata = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}). Restore it, or remove it and extract again.") from error
-    missing = [key for key in REQUIRED if not isinstance(metadata, dict) or key not in metadata]
-    if missing:
-        raise InputError(f"{path} is another program's or too old: it lacks {', '.join(missing)}.")
-    ids, images = metadata["image_ids"], metadata["images"]
-    if not isinstance(ids, list) or not all(type(image_id) is int and 0 <= image_id < 10**12 for image_id in ids):
-        raise InputError(f"{path}: image_ids is not a list of image ids (integers of at most 12 digits).")
-    if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
-        raise InputError(f"{path}: images is not a list of objects.")
-    if [image.get("id") for image in images] != ids:
-        raise InputError(f"{path}: images does not list the images of image_ids in their order.")
-    keys = metadata["embedding_keys"]
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise InputError(f"{path}: embedding_keys is not a list of names.")
-    return dict(metadata)
 
 
 @contextmanager

@@ -1,22 +1,84 @@
-"""Reading the state of an unfinished run: its settings and its journals. No locks, so it works without fcntl."""
+"""Reading the state of an unfinished run: `run.json` and the journals. No locks, so it works without fcntl."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from detr_lightning.errors import InputError
-from detr_lightning.format.schema import STATE
+from detr_lightning.format.schema import STATE, ImageEntry, RunRecord, RunSettings, SkippedImage, is_image_id
 
-Entry = dict[str, Any]
-"""What the metadata says about one image."""
+RUN = "run.json"
+"""The file in `.extraction` that a run writes when it begins."""
 
-FINISHED = {"id", "file_name", "width", "height", "input_size", "feature_size", "bytes"}
-SKIPPED = {"id", "file_name", "reason"}
-"""What an entry tells of a finished and of a skipped image; one that lacks any is as good as none."""
+DONE = {"done": True}
+"""The last line of a rank's journal, once the rank went through all its images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """The content of `run.json`.
+
+    Attributes:
+        token: Which run it is.
+        planned: Ids of all files that this run and earlier ones wrote or plan to write.
+        content: The whole JSON object, in which `settings` are read where they are needed.
+        void: Whether the run began to remove all this.
+    """
+
+    token: str
+    planned: frozenset[int]
+    content: Mapping[str, Any]
+    void: bool = False
+
+    @property
+    def settings(self) -> RunSettings:
+        """The run's settings.
+
+        Raises:
+            InputError: They are incomplete.
+        """
+        return RunSettings.from_json(self.content)
+
+
+def run_to_json(token: str, planned: set[int], record: RunRecord | None) -> dict[str, Any]:
+    """Return the content of `run.json`; without a record the run removes what the planned ids name."""
+    header = {"void": True} if record is None else record.to_json()
+    return {**header, "token": token, "planned": sorted(planned)}
+
+
+def read_run(folder: Path) -> RunState | None:
+    """Return what the run that last began in a folder, and has not finished, wrote down; None without such a run.
+
+    Raises:
+        InputError: Its `run.json` is damaged.
+    """
+    path = folder / STATE / RUN
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        content = json.loads(data)
+        planned = frozenset(content["planned"])
+        if not all(map(is_image_id, planned)):
+            raise ValueError("planned lists what are no image ids")
+        return RunState(token=str(content["token"]), planned=planned, content=content, void="void" in content)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}: {error}). "
+            f"Remove {path.parent} and run the same command again: what it cannot vouch for is extracted anew."
+        ) from error
+
+
+def token_of(folder: Path) -> str | None:
+    """Return the token of the run that last began in a folder and has not finished."""
+    run = read_run(folder)
+    return None if run is None else run.token
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
@@ -31,38 +93,26 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
                 yield entry
 
 
-def read_entries(folder: Path, metadata: Mapping[str, Any] | None = None) -> tuple[dict[int, Entry], dict[int, Entry]]:
-    """Return, by id, the finished images and the skipped ones: of metadata where given, and of the journals."""
-    metadata = metadata or {}
+def read_entries(folder: Path, recorded: Iterable[Any] = ()) -> tuple[dict[int, ImageEntry], dict[int, SkippedImage]]:
+    """Return, by id, the finished images and the skipped ones: the recorded ones, and those of the journals.
+
+    Entries that are incomplete or damaged are left out, and so are skipped images that were finished later.
+    """
     journals = sorted((folder / STATE).glob("*.jsonl"))  # done.jsonl first
-    listed = (*metadata.get("images", ()), *metadata.get("failed", ()))
-    finished, failed = {}, {}
-    for entry in itertools.chain(listed, *map(read_journal, journals)):
-        if not isinstance(entry, dict):
-            continue
-        if entry.keys() >= FINISHED:
-            finished[entry["id"]] = entry
-        elif entry.keys() >= SKIPPED:
-            failed[entry["id"]] = entry
-    return finished, {image_id: entry for image_id, entry in failed.items() if image_id not in finished}
+    finished: dict[int, ImageEntry] = {}
+    failed: dict[int, SkippedImage] = {}
+    for content in itertools.chain(recorded, *map(read_journal, journals)):
+        entry = _parse(content)
+        if isinstance(entry, SkippedImage):
+            failed[entry.image_id] = entry
+        elif entry is not None and entry.finished:
+            finished[entry.image_id] = entry
+    return finished, {image_id: skipped for image_id, skipped in failed.items() if image_id not in finished}
 
 
-def token_of(folder: Path) -> str | None:
-    """Return the token of the run that last began in a folder and has not finished."""
+def _parse(content: Any) -> ImageEntry | SkippedImage | None:
     try:
-        token: str = read_state(folder / STATE / "run.json")["token"]
-    except FileNotFoundError:
+        is_skipped = isinstance(content, dict) and "reason" in content
+        return SkippedImage.from_json(content) if is_skipped else ImageEntry.from_json(content)
+    except InputError:
         return None
-    return token
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Return what a run wrote down when it began."""
-    try:
-        state: dict[str, Any] = json.loads(path.read_bytes())
-        return state | {"token": str(state["token"])}
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{path} is damaged ({type(error).__name__}: {error}). "
-            f"Remove {path.parent} and run the same command again: what it cannot vouch for is extracted anew."
-        ) from error

@@ -162,9 +162,9 @@ def _write_coco(store: EmbeddingStore, path: Path, ids: list[int], threshold: fl
     best = 0.0
     with replacing(path) as file:
         for image_id in track(ids, len(ids), "Exporting detections", progress):
-            image = store.image(image_id)
+            entry = store.entry(image_id)
             logits, boxes = (store.load(image_id, key) for key in ("pred_logits", "pred_boxes"))
-            detections = detect(logits, boxes, (image["height"], image["width"]))
+            detections = detect(logits, boxes, entry.size)
             best = max(best, detections.scores.max().item())
             rows: list[dict[str, Any]] = coco_results(image_id, detections, threshold)
             if rows:

@@ -6,14 +6,16 @@ import bisect
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from torch import Tensor
 
-from detr_lightning.errors import SettingError, UnknownImageError, check_choice
-from detr_lightning.format import files, reader, schema
+from detr_lightning.errors import InputError, SettingError, UnknownImageError, check_choice
+from detr_lightning.format import reader, schema
+from detr_lightning.format.keys import Size
+from detr_lightning.format.metadata import read_metadata
+from detr_lightning.format.schema import ImageEntry
 from detr_lightning.parallel import in_threads
 from detr_lightning.store.dataset import POOLED_AXES, POOLS, EmbeddingDataset, pooled
 
@@ -41,36 +43,37 @@ class EmbeddingStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder).expanduser()
-        self.metadata: dict[str, Any] = files.read_metadata(self.folder)
+        self.metadata_file = read_metadata(self.folder)
         self._reader = reader.TensorReader()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """All that `metadata.json` holds."""
+        return self.metadata_file.content
 
     @property
     def image_ids(self) -> list[int]:
         """The ids of all images, ascending."""
-        return list(self.metadata["image_ids"])
+        return list(self.metadata_file.image_ids)
 
     @property
     def embedding_keys(self) -> tuple[str, ...]:
         """The keys that each image's file holds, in the file's order."""
-        return tuple(self.metadata["embedding_keys"])
+        return self.metadata_file.embedding_keys
 
     @property
     def categories(self) -> dict[int, str]:
         """The names of the categories by logit index, which is the COCO category id; empty if they are unknown."""
-        return {int(index): name for index, name in self.metadata.get("categories", {}).items()}
-
-    @cached_property
-    def _images(self) -> dict[int, dict[str, Any]]:
-        return {image["id"]: image for image in self.metadata["images"]}
+        return self.metadata_file.categories
 
     def __len__(self) -> int:
-        return len(self.metadata["image_ids"])
+        return len(self.metadata_file.image_ids)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.metadata["image_ids"])
+        return iter(self.metadata_file.image_ids)
 
     def __contains__(self, image_id: object) -> bool:
-        return isinstance(image_id, SupportsIndex) and operator.index(image_id) in self._images
+        return isinstance(image_id, SupportsIndex) and operator.index(image_id) in self.metadata_file
 
     def __getitem__(self, image_id: SupportsIndex) -> dict[str, Tensor]:
         """Return an image's tensors, read whole.
@@ -83,11 +86,20 @@ class EmbeddingStore:
     def __repr__(self) -> str:
         return f"EmbeddingStore({str(self.folder)!r}: {len(self)} images, {', '.join(self.embedding_keys)})"
 
-    def image(self, image_id: SupportsIndex) -> dict[str, Any]:
-        """Return what the metadata says of an image: `file_name`, `width`, `height`, `input_size`, `feature_size`.
+    def entry(self, image_id: SupportsIndex) -> ImageEntry:
+        """Return the record of an image: `file_name`, `width`, `height`, `input_size`, `features`, ...
 
         Raises:
             KeyError: The store holds no such image; the nearest ids are named.
+            InputError: Its record is incomplete.
+        """
+        return self.metadata_file.entry(self._known(image_id))
+
+    def _known(self, image_id: SupportsIndex) -> int:
+        """Return an image's id as an integer.
+
+        Raises:
+            UnknownImageError: The store holds no such image.
         """
         try:
             number = operator.index(image_id)
@@ -96,9 +108,9 @@ class EmbeddingStore:
                 f"{image_id!r} is no image id of {self.folder}: ids are integers. "
                 "metadata['images'] lists each with its file_name."
             ) from None
-        if number in self._images:
-            return self._images[number]
-        ids = self.metadata["image_ids"]
+        if number in self.metadata_file:
+            return number
+        ids = self.metadata_file.image_ids
         message = f"image {number} is not among the {len(ids)} images of {self.folder}."
         if ids:
             place = bisect.bisect(ids, number)
@@ -108,7 +120,7 @@ class EmbeddingStore:
 
     def path(self, image_id: SupportsIndex) -> Path:
         """Return the path of an image's embeddings."""
-        return self.folder / schema.file_name(self.image(image_id)["id"])
+        return self.folder / schema.file_name(self._known(image_id))
 
     def image_path(self, image_id: SupportsIndex, image_dir: str | os.PathLike[str] | None = None) -> Path:
         """Return the path of the image itself.
@@ -120,9 +132,9 @@ class EmbeddingStore:
         Raises:
             FileNotFoundError: The image is not there.
         """
-        file_name: str = self.image(image_id)["file_name"]
+        file_name = self.entry(image_id).file_name
         if image_dir is None:
-            image_dir = self.metadata.get("config", {}).get("data", {}).get("image_dir")
+            image_dir = self.metadata_file.image_dir
         if image_dir is None:
             raise FileNotFoundError(f"{self.folder} does not say where {file_name} is. Give image_dir.")
         path = Path(image_dir).expanduser() / file_name
@@ -234,10 +246,17 @@ class EmbeddingStore:
         tensor = self.load(image_id, key)
         if key == "backbone_features":
             return tensor
-        height, width = self.image(image_id)["feature_size"]
+        height, width = self._feature_size(image_id)
         if key != "cross_attention":
             tensor = tensor.transpose(-1, -2)  # [..., d, H*W]
         return tensor.reshape(*tensor.shape[:-1], height, width)
+
+    def _feature_size(self, image_id: SupportsIndex) -> Size:
+        features = self.entry(image_id).features
+        if features is None:
+            raise InputError(f"{self.folder / schema.METADATA} has no feature_size for image {image_id}.")
+        (size,) = features.levels
+        return size
 
     def _chosen(self, key: str, image_ids: Iterable[int] | None, pool: str | None) -> list[int]:
         """Check what `stack` and `dataset` were asked for and return the ids."""
@@ -246,7 +265,7 @@ class EmbeddingStore:
             check_choice("pool", pool, POOLS)
             if key not in POOLED_AXES:
                 raise SettingError(f"{key} cannot be pooled; {', '.join(POOLED_AXES)} can.")
-        ids = self.image_ids if image_ids is None else [int(self.image(image_id)["id"]) for image_id in image_ids]
+        ids = self.image_ids if image_ids is None else list(map(self._known, image_ids))
         if not ids:
             raise SettingError(f"No image of {self.folder} was chosen. It holds {len(self)} images.")
         return ids

@@ -58,8 +58,8 @@ def test_the_rows_are_those_of_the_coco_results(store: EmbeddingStore) -> None:
     table = objects(store, 0, key=None)
     assert len(table) == 4 * 10
     assert "embedding" not in table
-    image, tensors = store.image(17), store[17]
-    found = detect(tensors["pred_logits"], tensors["pred_boxes"], (image["height"], image["width"]))
+    entry, tensors = store.entry(17), store[17]
+    found = detect(tensors["pred_logits"], tensors["pred_boxes"], entry.size)
     rows = table[table.image_id == 17][["image_id", "category_id", "bbox", "score"]].to_dict("records")
     assert len(rows) == 10
     for row, other in zip(rows, coco_results(17, found), strict=True):

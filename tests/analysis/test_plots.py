@@ -14,7 +14,7 @@ from store_factory import annotations_of, make_store
 from detr_lightning.analysis import plots
 from detr_lightning.analysis.objects import objects
 from detr_lightning.analysis.plots.style import color_of, ink_on
-from detr_lightning.format.schema import KEYS
+from detr_lightning.format.keys import KEYS
 from detr_lightning.store import EmbeddingStore
 
 

@@ -15,7 +15,7 @@ import torch
 from coco_factory import Coco, make_coco
 from ran import RunCLI
 
-from detr_lightning.format.schema import EXTRACT_TYPES, KEYS, nbytes, shape_of
+from detr_lightning.format.keys import EXTRACT_TYPES, KEYS, FeatureSizes, ModelShape, nbytes, shape_of
 from detr_lightning.model.detr import Architecture
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -67,23 +67,24 @@ def test_what_lands_on_disk(
     assert metadata["embedding_keys"] == list(EXTRACT_TYPES[extract_type])
     assert metadata["categories"] == {"1": "person", "90": "toothbrush"}
 
-    architecture = Architecture(**{**metadata["model"]["architecture"], "blocks": (1, 1, 1, 1)})
+    shape = ModelShape.of_architecture(metadata["model"]["architecture"])
     expected = read(reference)
     for image in metadata["images"]:
         path = out / f"embedding_{image['id']:012d}.pt"
         tensors = torch.load(path)
+        features = FeatureSizes.single(image["feature_size"])
         assert path.stat().st_size == image["bytes"]
         assert type(tensors) is dict
         assert list(tensors) == metadata["embedding_keys"]
         for key, tensor in tensors.items():
-            assert tensor.shape == shape_of(key, architecture, tuple(image["feature_size"]))
+            assert tensor.shape == shape_of(key, shape, features)
             assert tensor.dtype == torch.float32
             assert tensor.is_contiguous()
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
             assert error(tensor, expected[image["id"]][key]) < 1e-5
         if extract_type in ("all", "decoder"):
             assert torch.equal(tensors["decoder_output"][-1], tensors["query_embeddings"])
-        content = nbytes(tensors, architecture, tuple(image["feature_size"]), "float32")
+        content = nbytes(tensors, shape, features, "float32")
         assert content < image["bytes"] < content + 4096
 
 
@@ -105,13 +106,11 @@ def test_the_code_that_users_write(run_cli: RunCLI, coco_folder: Coco, tmp_path:
 
 
 def test_sizes_are_those_promised_for_the_official_model() -> None:
-    feature_size = Architecture().feature_size((800, 1066))
-    megabytes = {
-        name: nbytes(keys, Architecture(), feature_size, "float32") / 1e6 for name, keys in EXTRACT_TYPES.items()
-    }
+    shape, features = Architecture().shape, FeatureSizes.single(Architecture().feature_size((800, 1066)))
+    megabytes = {name: nbytes(keys, shape, features, "float32") / 1e6 for name, keys in EXTRACT_TYPES.items()}
     assert megabytes == pytest.approx({"decoder": 1.63, "all": 8.59, "encoder": 0.91, "backbone": 7.0}, rel=0.01)
     without_encoder = ("decoder_output", "query_embeddings", "pred_logits", "pred_boxes")
-    assert nbytes(without_encoder, Architecture(), feature_size, "float16") / 1e3 == pytest.approx(397, rel=0.01)
+    assert nbytes(without_encoder, shape, features, "float16") / 1e3 == pytest.approx(397, rel=0.01)
 
 
 def test_explicit_keys_are_stored_in_their_order(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from store_factory import annotations_of, edit_metadata, make_store
 from torch.utils.data import DataLoader
 
 from detr_lightning.format import schema
+from detr_lightning.format.keys import EXTRACT_TYPES, KEYS
 from detr_lightning.format.reader import TensorReader
-from detr_lightning.format.schema import EXTRACT_TYPES, KEYS
 from detr_lightning.store import EmbeddingStore
 
 
@@ -34,7 +34,7 @@ def test_a_store_is_a_mapping_from_ids_to_tensors(store: EmbeddingStore) -> None
     assert store.embedding_keys == KEYS
     assert store.categories == {1: "person", 3: "car", 18: "dog"}
     assert store.metadata["num_images"] == 4
-    assert store.image(17)["file_name"] == "000000000017.jpg"
+    assert store.entry(17).file_name == "000000000017.jpg"
     assert "4 images" in repr(store)
     for image_id in store:
         expected = plain(store, image_id)
@@ -136,7 +136,7 @@ def test_a_progress_bar_on_request_only_for_short_work(
 
 
 def test_feature_maps_are_row_major(store: EmbeddingStore) -> None:
-    height, width = store.image(7)["feature_size"]
+    ((height, width),) = store.entry(7).features.levels
     tensors = plain(store, 7)
     encoder = store.feature_map(7)
     assert encoder.shape == (16, height, width)
@@ -185,7 +185,7 @@ def test_unknown_ids_name_the_nearest(store: EmbeddingStore) -> None:
         store[19]
     assert str(caught.value).startswith("image 19 is not among the 4 images of")
     assert "The nearest ids: 17, 27, 7." in str(caught.value)
-    assert store.image(torch.tensor(17)) == store.image(17)
+    assert store.entry(torch.tensor(17)) == store.entry(17)
     assert torch.tensor(17) in store
     assert "17" not in store
     with pytest.raises(KeyError, match="'139' is no image id"):

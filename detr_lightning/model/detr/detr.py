@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_lightning.format.keys import RESNET_CHANNELS, ModelShape
 from detr_lightning.model.detr.backbone import Backbone
 from detr_lightning.model.detr.position_encoding import SinePositionEncoding
 from detr_lightning.model.detr.transformer import Transformer
@@ -51,7 +52,12 @@ class Architecture:
     @property
     def feature_channels(self) -> int:
         """The channels of the ResNet's last feature map."""
-        return 512 if self.block == "basic" else 2048
+        return RESNET_CHANNELS[self.block]
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes that the shapes of the tensors depend on."""
+        return ModelShape.of_architecture(vars(self))
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ import torch
 from hugging_face_reference import reference_outputs
 from torch import Tensor
 
-from detr_lightning.format.schema import KEYS
+from detr_lightning.format.keys import KEYS
 from detr_lightning.model import checkpoints
 
 SHAPES = [(128, 160), (96, 224)]
