@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from detr_lightning.format import files, schema
+from detr_lightning.format import files, names, schema
+from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.keys import EXTRACT_TYPES, FeatureSizes, ModelShape, dtype_of, shape_of
 from detr_lightning.store import EmbeddingStore
 
@@ -94,7 +95,7 @@ def make_store(
         stored = {key: tensors[key].to(dtype_of(key, dtype)) for key in keys}
         size = files.save_tensors(folder, image["id"], stored)
         images.append(
-            schema.ImageEntry(
+            ImageEntry(
                 *(image[name] for name in ("id", "file_name", "width", "height")),
                 input_size=(feature_size[0] * 32, feature_size[1] * 32),
                 features=FeatureSizes.single(feature_size),
@@ -116,13 +117,13 @@ def make_store(
         config={"data": {"image_dir": str(image_dir) if image_dir else None}},
     )
     metadata = schema.Metadata(run=run, images=images).to_json()
-    files.write_json(folder / schema.METADATA, metadata)
+    files.write_json(folder / names.METADATA, metadata)
     return EmbeddingStore(folder)
 
 
 def edit_metadata(folder: Path, **changes: Any) -> None:
     """Change keys of a folder's metadata; None removes one."""
-    path = folder / schema.METADATA
+    path = folder / names.METADATA
     metadata = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from detr_lightning.errors import InputError
+from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.metadata import MetadataFile, read_metadata
-from detr_lightning.format.schema import METADATA, ImageEntry, RunSettings, SkippedImage
+from detr_lightning.format.names import METADATA
+from detr_lightning.format.schema import RunSettings
 from detr_lightning.format.state import RunState, read_entries, read_run, token_of
 
 

@@ -14,18 +14,11 @@ from torch import Tensor
 from detr_lightning.errors import IncompleteError, InputError
 from detr_lightning.extraction.journal import Held, Journal, await_done, hold, is_held
 from detr_lightning.extraction.previous import PreviousRun, read_previous, stamp
+from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.files import fsync_folder, is_whole, replacing, save_tensors, write_json
 from detr_lightning.format.keys import FeatureSizes
-from detr_lightning.format.schema import (
-    METADATA,
-    STATE,
-    TEMPORARY,
-    ImageEntry,
-    Metadata,
-    RunRecord,
-    SkippedImage,
-    file_name,
-)
+from detr_lightning.format.names import METADATA, STATE, TEMPORARY, file_name
+from detr_lightning.format.schema import Metadata, RunRecord
 from detr_lightning.format.state import RUN, read_entries, run_to_json, token_of
 
 IF_EXISTS = ("resume", "overwrite", "error")

@@ -21,8 +21,9 @@ from detr_lightning.extraction.previous import read_previous
 from detr_lightning.extraction.provenance import provenance
 from detr_lightning.extraction.run import IF_EXISTS, ExtractionRun
 from detr_lightning.extractor import DETRExtractor
+from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.keys import DTYPES, FeatureSizes, dtype_of, nbytes
-from detr_lightning.format.schema import ImageEntry, Metadata, SkippedImage
+from detr_lightning.format.schema import Metadata
 from detr_lightning.system import SideThreads
 
 QUEUED_IMAGES = 64

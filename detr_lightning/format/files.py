@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from detr_lightning.format.schema import file_name
+from detr_lightning.format.names import file_name
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -33,7 +33,19 @@ KEYS = EXTRACT_TYPES["all"] + ON_REQUEST
 PREDICTIONS = ("pred_logits", "pred_boxes")
 """Keys that stay float32 whatever `writer.dtype` is: half precision would move a box by up to half a pixel."""
 
-SPATIAL = ("backbone_features", "encoder_output", "encoder_layers", "cross_attention")
+AXES: dict[str, tuple[str, ...]] = {
+    "backbone_features": ("channels", "height", "width"),
+    "encoder_output": ("places", "features"),
+    "decoder_output": ("layers", "queries", "features"),
+    "query_embeddings": ("queries", "features"),
+    "pred_logits": ("queries", "logits"),
+    "pred_boxes": ("queries", "coordinates"),
+    "cross_attention": ("layers", "queries", "places"),
+    "encoder_layers": ("layers", "places", "features"),
+}
+"""The axes of each key. `places` are the positions of all feature maps that the decoder reads."""
+
+SPATIAL = tuple(key for key, axes in AXES.items() if {"places", "height"} & set(axes))
 """Keys whose shape depends on the image's size."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -120,7 +132,7 @@ class FeatureSizes:
         return cls(((height, width),), (height, width))
 
     @property
-    def tokens(self) -> int:
+    def places(self) -> int:
         """The positions of all levels, `sum(H*W)`."""
         return sum(height * width for height, width in self.levels)
 
@@ -133,16 +145,19 @@ def shape_of(key: str, model: ModelShape, features: FeatureSizes) -> tuple[int, 
         model: The model's sizes.
         features: The sizes of the image's feature maps.
     """
-    return {
-        "backbone_features": (model.feature_channels, *features.backbone),
-        "encoder_output": (features.tokens, model.hidden_dim),
-        "decoder_output": (model.decoder_layers, model.num_queries, model.hidden_dim),
-        "query_embeddings": (model.num_queries, model.hidden_dim),
-        "pred_logits": (model.num_queries, model.num_logits),
-        "pred_boxes": (model.num_queries, 4),
-        "cross_attention": (model.decoder_layers, model.num_queries, features.tokens),
-        "encoder_layers": (model.encoder_layers, features.tokens, model.hidden_dim),
-    }[key]
+    height, width = features.backbone
+    lengths = {
+        "channels": model.feature_channels,
+        "height": height,
+        "width": width,
+        "places": features.places,
+        "features": model.hidden_dim,
+        "layers": model.encoder_layers if key == "encoder_layers" else model.decoder_layers,
+        "queries": model.num_queries,
+        "logits": model.num_logits,
+        "coordinates": 4,
+    }
+    return tuple(lengths[axis] for axis in AXES[key])
 
 
 def dtype_of(key: str, dtype: str) -> torch.dtype:

@@ -9,17 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from detr_lightning.errors import InputError
-from detr_lightning.format.schema import (
-    ID_DIGITS,
-    MAX_ID,
-    METADATA,
-    STATE,
-    ImageEntry,
-    RunRecord,
-    RunSettings,
-    SkippedImage,
-    parse_categories,
-)
+from detr_lightning.format.entries import ImageEntry, SkippedImage
+from detr_lightning.format.names import ID_DIGITS, MAX_ID, METADATA, STATE
+from detr_lightning.format.schema import RunRecord, RunSettings, parse_categories
 
 _REQUIRED = ("image_ids", "num_images", "extract_type", "embedding_keys", "images")
 """Without these fields a `metadata.json` cannot be read."""

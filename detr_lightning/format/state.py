@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from detr_lightning.errors import InputError
-from detr_lightning.format.schema import STATE, ImageEntry, RunRecord, RunSettings, SkippedImage, is_image_id
+from detr_lightning.format.entries import ImageEntry, SkippedImage
+from detr_lightning.format.names import STATE, is_image_id
+from detr_lightning.format.schema import RunRecord, RunSettings
 
 RUN = "run.json"
 """The file in `.extraction` that a run writes when it begins."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detr_lightning.format import reader, schema
+from detr_lightning.format import names, reader
 
 POOLED_AXES: dict[str, tuple[int, ...]] = {
     "backbone_features": (1, 2),  # [C, H, W] -> [C]
@@ -58,5 +58,5 @@ class EmbeddingDataset(Dataset[tuple[Tensor, Any]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image_id = int(self.image_ids[index])
-        tensor = pooled(self._reader.read(self.folder / schema.file_name(image_id), self.key), self.key, self.pool)
+        tensor = pooled(self._reader.read(self.folder / names.file_name(image_id), self.key), self.key, self.pool)
         return tensor, image_id if self.targets is None else self.targets[image_id]

@@ -12,10 +12,10 @@ from typing import Any, SupportsIndex
 from torch import Tensor
 
 from detr_lightning.errors import InputError, SettingError, UnknownImageError, check_choice
-from detr_lightning.format import reader, schema
+from detr_lightning.format import names, reader
+from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.keys import Size
 from detr_lightning.format.metadata import read_metadata
-from detr_lightning.format.schema import ImageEntry
 from detr_lightning.parallel import in_threads
 from detr_lightning.store.dataset import POOLED_AXES, POOLS, EmbeddingDataset, pooled
 
@@ -120,7 +120,7 @@ class EmbeddingStore:
 
     def path(self, image_id: SupportsIndex) -> Path:
         """Return the path of an image's embeddings."""
-        return self.folder / schema.file_name(self._known(image_id))
+        return self.folder / names.file_name(self._known(image_id))
 
     def image_path(self, image_id: SupportsIndex, image_dir: str | os.PathLike[str] | None = None) -> Path:
         """Return the path of the image itself.
@@ -254,7 +254,7 @@ class EmbeddingStore:
     def _feature_size(self, image_id: SupportsIndex) -> Size:
         features = self.entry(image_id).features
         if features is None:
-            raise InputError(f"{self.folder / schema.METADATA} has no feature_size for image {image_id}.")
+            raise InputError(f"{self.folder / names.METADATA} has no feature_size for image {image_id}.")
         (size,) = features.levels
         return size
 

@@ -17,9 +17,10 @@ from rich.table import Table
 from torch import Tensor
 
 from detr_lightning.errors import InputError
+from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.keys import DTYPES, EXTRACT_TYPES, KEYS, SPATIAL, ModelShape, dtype_of, shape_of
 from detr_lightning.format.metadata import MetadataFile
-from detr_lightning.format.schema import METADATA, TEMPORARY, ImageEntry, image_id_of
+from detr_lightning.format.names import METADATA, TEMPORARY, image_id_of
 from detr_lightning.parallel import in_threads
 from detr_lightning.store.store import EmbeddingStore
 
@@ -90,11 +91,11 @@ def summary(folder: str | os.PathLike[str]) -> Group:
     keys = Table("key", "shape", "dtype", "all images")
     keys.columns[3].justify = "right"
     if entries:
-        tokens = [entry.features.tokens if entry.features else 1 for entry in entries]
+        places = [entry.features.places if entry.features else 1 for entry in entries]
         for key, tensor in store[entries[0].image_id].items():
             spatial = key in SPATIAL
             varies = spatial and len({entry.features for entry in entries}) > 1
-            share = sum(tokens) / tokens[0] if spatial else len(entries)
+            share = sum(places) / places[0] if spatial else len(entries)
             shape = f"{list(tensor.shape)}{', varies' if varies else ''}"
             dtype = str(tensor.dtype).removeprefix("torch.")
             keys.add_row(key, escape(shape), dtype, decimal(int(tensor.nbytes * share)))

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from detr_lightning.extraction.run import ExtractionRun
+from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.keys import FeatureSizes
-from detr_lightning.format.schema import ImageEntry, ModelRecord, RunRecord, RunSettings
+from detr_lightning.format.schema import ModelRecord, RunRecord, RunSettings
 
 RECORD = RunRecord(
     extract_type="decoder",

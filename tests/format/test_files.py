@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr_lightning.format import files, schema
+from detr_lightning.format import files, names
 
 
 def test_names_and_ids() -> None:
-    assert schema.file_name(1) == "embedding_000000000001.pt"
-    assert schema.file_name(10**12 - 1) == "embedding_999999999999.pt"
-    assert schema.image_id_of("embedding_000000000139.pt") == 139
+    assert names.file_name(1) == "embedding_000000000001.pt"
+    assert names.file_name(10**12 - 1) == "embedding_999999999999.pt"
+    assert names.image_id_of("embedding_000000000139.pt") == 139
     for name in ("embedding_139.pt", "embedding_000000000139.pt.tmp", "embedding_٠٠٠٠٠٠٠٠٠١٣٩.pt", "metadata.json"):
-        assert schema.image_id_of(name) is None
+        assert names.image_id_of(name) is None
 
 
 @pytest.mark.parametrize("image_id", [-1, 10**12, 1.0, "1", True, None])
 def test_ids_that_cannot_name_a_file(image_id: object) -> None:
     with pytest.raises(ValueError, match="cannot name a file"):
-        schema.file_name(image_id)  # type: ignore[arg-type]
+        names.file_name(image_id)  # type: ignore[arg-type]
 
 
 def test_tensors_come_back_and_own_exactly_their_storage(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_tensors_come_back_and_own_exactly_their_storage(tmp_path: Path) -> None
         "half": torch.randn(3).half(),
     }
     size = files.save_tensors(tmp_path, 7, tensors)
-    path = tmp_path / schema.file_name(7)
+    path = tmp_path / names.file_name(7)
     assert path.stat().st_size == size
     read = torch.load(path)
     assert list(read) == list(tensors)
@@ -55,14 +55,14 @@ def test_tensors_come_back_and_own_exactly_their_storage(tmp_path: Path) -> None
 def test_inference_tensors_are_written(tmp_path: Path) -> None:
     with torch.inference_mode():
         files.save_tensors(tmp_path, 7, {"query_embeddings": torch.ones(2, 3)[0]})
-    assert torch.load(tmp_path / schema.file_name(7))["query_embeddings"].tolist() == [1, 1, 1]
+    assert torch.load(tmp_path / names.file_name(7))["query_embeddings"].tolist() == [1, 1, 1]
 
 
 def test_file_modes_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         files.save_tensors(tmp_path, 7, {"a": torch.ones(1)})
-        files.write_json(tmp_path / schema.METADATA, {"a": 1})
+        files.write_json(tmp_path / names.METADATA, {"a": 1})
     finally:
         os.umask(before)
     for path in tmp_path.iterdir():
@@ -71,7 +71,7 @@ def test_file_modes_follow_the_umask(tmp_path: Path) -> None:
 
 def test_a_full_disk_names_the_path_and_the_bytes_and_leaves_nothing(tmp_path: Path) -> None:
     code = (
-        "import resource, sys, pathlib, torch; from detr_lightning.format import files, schema\n"
+        "import resource, sys, pathlib, torch; from detr_lightning.format import files, names\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try: files.save_tensors(pathlib.Path(sys.argv[1]), 7, {'a': torch.ones(100_000)})\n"
         "except OSError as error: print(error)"
@@ -87,7 +87,7 @@ def test_a_failing_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.
     files.write_json(path, {"a": 1})
 
     def interrupt(handle: int) -> None:
-        assert len(list(tmp_path.glob(schema.TEMPORARY))) == 1
+        assert len(list(tmp_path.glob(names.TEMPORARY))) == 1
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files.os, "fsync", interrupt)
@@ -116,10 +116,10 @@ def test_json_is_read_back_and_has_a_line_for_each_image(tmp_path: Path) -> None
 
 def test_whole_files(tmp_path: Path) -> None:
     size = files.save_tensors(tmp_path, 7, {"a": torch.ones(1000)})
-    path = tmp_path / schema.file_name(7)
+    path = tmp_path / names.file_name(7)
     assert files.is_whole(path, size)
     assert not files.is_whole(path, size + 1)
-    assert not files.is_whole(tmp_path / schema.file_name(8), size)
+    assert not files.is_whole(tmp_path / names.file_name(8), size)
     data = path.read_bytes()
     path.write_bytes(data[:-1])
     assert not files.is_whole(path, size)

@@ -12,8 +12,9 @@ import pytest
 from ran import RunCLI
 
 from detr_lightning.errors import InputError
+from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.keys import FeatureSizes, ModelShape, shape_of
-from detr_lightning.format.schema import ImageEntry, Metadata, ModelRecord, RunRecord, RunSettings, SkippedImage
+from detr_lightning.format.schema import Metadata, ModelRecord, RunRecord, RunSettings
 from detr_lightning.store import EmbeddingStore
 from detr_lightning.store.verify import verify
 

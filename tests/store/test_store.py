@@ -10,7 +10,7 @@ import torch
 from store_factory import annotations_of, edit_metadata, make_store
 from torch.utils.data import DataLoader
 
-from detr_lightning.format import schema
+from detr_lightning.format import names
 from detr_lightning.format.keys import EXTRACT_TYPES, KEYS
 from detr_lightning.format.reader import TensorReader
 from detr_lightning.store import EmbeddingStore
@@ -244,11 +244,11 @@ def test_folders_that_are_no_finished_extraction(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is a file"):
         EmbeddingStore(tmp_path / "file")
     store = make_store(tmp_path / "store")
-    (store.folder / schema.STATE).mkdir()
+    (store.folder / names.STATE).mkdir()
     with pytest.raises(FileNotFoundError, match=r"unfinished.*Run the same command again"):
         EmbeddingStore(store.folder)
-    (store.folder / schema.STATE).rmdir()
-    (store.folder / schema.METADATA).unlink()
+    (store.folder / names.STATE).rmdir()
+    (store.folder / names.METADATA).unlink()
     with pytest.raises(FileNotFoundError, match=r"unfinished.*Run the same command again"):
         EmbeddingStore(store.folder)
 
@@ -262,7 +262,7 @@ def test_folders_that_are_no_finished_extraction(tmp_path: Path) -> None:
     ],
 )
 def test_foreign_metadata(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / schema.METADATA).write_text(content)
+    (tmp_path / names.METADATA).write_text(content)
     with pytest.raises(ValueError, match=message):
         EmbeddingStore(tmp_path)
 
@@ -276,8 +276,8 @@ def test_metadata_that_contradicts_itself(tmp_path: Path) -> None:
         ({"images": {}}, "not a list of objects"),
         ({"embedding_keys": "query_embeddings"}, "not a list of names"),
     ]:
-        kept = (store.folder / schema.METADATA).read_bytes()
+        kept = (store.folder / names.METADATA).read_bytes()
         edit_metadata(store.folder, **changes)
         with pytest.raises(ValueError, match=message):
             EmbeddingStore(store.folder)
-        (store.folder / schema.METADATA).write_bytes(kept)
+        (store.folder / names.METADATA).write_bytes(kept)

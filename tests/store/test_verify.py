@@ -10,7 +10,7 @@ import pytest
 import torch
 from store_factory import annotations_of, edit_metadata, make_store
 
-from detr_lightning.format import files, schema
+from detr_lightning.format import files, names
 from detr_lightning.format.keys import EXTRACT_TYPES, KEYS
 from detr_lightning.store import EmbeddingStore
 from detr_lightning.store.__main__ import main
@@ -122,7 +122,7 @@ def test_float16_logits_are_a_problem_and_float32_embeddings_too(tmp_path: Path)
 
 
 def test_metadata_that_disagrees(store: EmbeddingStore) -> None:
-    kept = (store.folder / schema.METADATA).read_bytes()
+    kept = (store.folder / names.METADATA).read_bytes()
     for changes, message in [
         ({"num_images": 5}, "num_images is 5, image_ids lists 4"),
         ({"extract_type": "some"}, "extract_type is 'some'"),
@@ -139,7 +139,7 @@ def test_metadata_that_disagrees(store: EmbeddingStore) -> None:
         edit_metadata(store.folder, **changes)
         problems = verify(store.folder)
         assert any(message in problem for problem in problems), (message, problems)
-        (store.folder / schema.METADATA).write_bytes(kept)
+        (store.folder / names.METADATA).write_bytes(kept)
 
 
 def test_the_command_says_what_is_wrong_and_exits_with_1(
@@ -155,7 +155,7 @@ def test_the_command_says_what_is_wrong_and_exits_with_1(
 @pytest.mark.parametrize("command", ["verify", "summary"])
 def test_bad_folders_are_one_message(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / schema.METADATA).write_text("{}")
+    (tmp_path / "foreign" / names.METADATA).write_text("{}")
     for folder in (tmp_path, tmp_path / "none", tmp_path / "foreign"):
         assert main([command, str(folder)]) == 1
         error = capsys.readouterr().err

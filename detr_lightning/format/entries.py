@@ -1,0 +1,167 @@
+"""The records of single images, in `metadata.json` and in the journals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from detr_lightning.errors import InputError
+from detr_lightning.format.keys import FeatureSizes, Size
+from detr_lightning.format.names import MAX_ID
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEntry:
+    """The record of one image: planned, or, with `features` and `bytes`, finished.
+
+    Attributes:
+        image_id: Its id.
+        file_name: Its path relative to the image folder.
+        width: Its width in pixels.
+        height: Its height in pixels.
+        input_size: The size in which the model saw it.
+        features: The sizes of its feature maps.
+        bytes: The size of its `.pt` file.
+        checksum: The first 16 hex digits of the sha256 of its `.pt` file as written.
+        num_queries: The queries that were kept, where `writer.min_score` was set.
+        image_sha256: The sha256 of the image's own file, where `data.fingerprint` was `content`.
+    """
+
+    image_id: int
+    file_name: str
+    width: int
+    height: int
+    input_size: Size
+    features: FeatureSizes | None = None
+    bytes: int | None = None
+    checksum: str | None = None
+    num_queries: int | None = None
+    image_sha256: str | None = None
+
+    @property
+    def size(self) -> Size:
+        """Height and width in pixels."""
+        return self.height, self.width
+
+    @property
+    def finished(self) -> bool:
+        """Whether the image's file was written."""
+        return self.features is not None and self.bytes is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of `metadata.json` and the journals."""
+        content: dict[str, Any] = {
+            "id": self.image_id,
+            "file_name": self.file_name,
+            "width": self.width,
+            "height": self.height,
+            "input_size": self.input_size,
+        }
+        if self.features is not None:
+            levels, backbone = self.features.levels, self.features.backbone
+            if len(levels) == 1:
+                content["feature_size"] = levels[0]
+            else:
+                content["feature_sizes"] = levels
+            if levels != (backbone,):
+                content["backbone_size"] = backbone
+        for name in ("bytes", "checksum", "num_queries", "image_sha256"):
+            if (value := getattr(self, name)) is not None:
+                content[name] = value
+        return content
+
+    @classmethod
+    def from_json(cls, content: Any) -> ImageEntry:
+        """Return the entry that `to_json` gave.
+
+        Raises:
+            InputError: A field is missing or not of its type; the message names it.
+        """
+        _require_object(content)
+        features = None
+        if "feature_sizes" in content or "feature_size" in content:
+            single = "feature_size" in content
+            levels = (_size(content, "feature_size"),) if single else tuple(_sizes(content, "feature_sizes"))
+            backbone = _size(content, "backbone_size") if "backbone_size" in content or not single else levels[0]
+            features = FeatureSizes(levels, backbone)
+        return cls(
+            _id(content),
+            get_field(content, "file_name", str),
+            get_field(content, "width", int),
+            get_field(content, "height", int),
+            _size(content, "input_size"),
+            features,
+            get_field(content, "bytes", int, optional=True),
+            get_field(content, "checksum", str, optional=True),
+            get_field(content, "num_queries", int, optional=True),
+            get_field(content, "image_sha256", str, optional=True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedImage:
+    """The record of an image that could not be read, and why."""
+
+    image_id: int
+    file_name: str
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of `metadata.json` and the journals."""
+        return {"id": self.image_id, "file_name": self.file_name, "reason": self.reason}
+
+    @classmethod
+    def from_json(cls, content: Any) -> SkippedImage:
+        """Return the entry that `to_json` gave.
+
+        Raises:
+            InputError: A field is missing or not of its type; the message names it.
+        """
+        _require_object(content)
+        return cls(_id(content), get_field(content, "file_name", str), get_field(content, "reason", str))
+
+
+def get_field(content: Mapping[str, Any], name: str, kind: type, *, optional: bool = False, within: str = "") -> Any:
+    """Return a field of a JSON object.
+
+    Raises:
+        InputError: It is missing, or not of this type; the message names it.
+    """
+    value = content.get(name)
+    if value is None and optional:
+        return None
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise InputError(
+            f"{within}{name} is {'missing' if value is None else f'{value!r:.40}, not of type {kind.__name__}'}"
+        )
+    return value
+
+
+def _require_object(content: Any) -> None:
+    if not isinstance(content, dict):
+        raise InputError(f"an image's entry is {content!r:.40}, no object")
+
+
+def _id(content: Mapping[str, Any]) -> int:
+    image_id = content.get("id")
+    if type(image_id) is not int or not 0 <= image_id <= MAX_ID:
+        raise InputError(f"id is {image_id!r:.40}, no image id")
+    return image_id
+
+
+def _size(content: Mapping[str, Any], name: str) -> Size:
+    return _as_size(get_field(content, name, list), name)
+
+
+def _sizes(content: Mapping[str, Any], name: str) -> Iterator[Size]:
+    for size in get_field(content, name, list):
+        yield _as_size(size, name)
+
+
+def _as_size(size: Any, name: str) -> Size:
+    if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int or side < 0 for side in size):
+        raise InputError(f"{name} is {size!r:.40}, no height and width")
+    return size[0], size[1]

@@ -1,0 +1,44 @@
+"""The names of files, and the ids in them."""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import SupportsIndex
+
+from detr_lightning.errors import SettingError
+
+METADATA = "metadata.json"
+STATE = ".extraction"
+"""The subfolder of a run that has not finished; a finished folder has none."""
+
+TEMPORARY = ".embedding_*.tmp"
+"""Matches every temporary file of this format; what a dead run leaves of them is never read."""
+
+ID_DIGITS = 12
+MAX_ID = 10**ID_DIGITS - 1
+"""Image ids are integers from 0 to this, so that they fit into a file's name."""
+
+_NAME = re.compile(rf"embedding_([0-9]{{{ID_DIGITS}}})\.pt")
+
+
+def is_image_id(value: object) -> bool:
+    """Return whether a value is an image id: an integer from 0 to `MAX_ID`."""
+    return not isinstance(value, bool) and isinstance(value, SupportsIndex) and 0 <= operator.index(value) <= MAX_ID
+
+
+def file_name(image_id: int) -> str:
+    """Return the name of an image's file, `embedding_000000000139.pt` for 139.
+
+    Raises:
+        SettingError: The id is no integer, negative, or longer than 12 digits.
+    """
+    if not is_image_id(image_id):
+        raise SettingError(f"image id {image_id!r} cannot name a file: an id is an integer from 0 to {MAX_ID}.")
+    return f"embedding_{operator.index(image_id):0{ID_DIGITS}d}.pt"
+
+
+def image_id_of(name: str) -> int | None:
+    """Return the image id in a file's name, or None where the name is not one that `file_name` gives."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
