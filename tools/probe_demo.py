@@ -1,6 +1,6 @@
 """Ask how well the queries' embeddings of assets/demo's DETR tell classes apart, on pictures it has never seen.
 
-    python tools/demo_dataset.py data/held_out --images 500 --seed 1
+    python -m detr_lightning.demo.pictures data/held_out --images 500 --seed 1
     python tools/probe_demo.py data/held_out
 
 The probe is a logistic regression from the embedding of each query matched with an object to the object's class, fitted
@@ -26,9 +26,9 @@ from torchvision.ops import box_convert, box_iou
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
+from detr_lightning.demo.pictures import ANNOTATION_FILE
 from detr_lightning.format.preprocessing import resized_size
 from detr_lightning.model.detr import DETR
-from tools.demo_dataset import ANNOTATION_FILE
 from tools.train_demo import ARCHITECTURE, LONG_SIDE, SHORT_SIDE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +73,7 @@ def probe(coco: COCO, outputs: dict[int, dict[str, Tensor]]) -> list[float]:
 def main() -> None:
     """Read the command line; probe the checkpoint, and random weights for comparison."""
     parser = argparse.ArgumentParser(description="Probe the query embeddings of assets/demo's small DETR.")
-    parser.add_argument("folder", type=Path, help="a dataset from tools/demo_dataset.py")
+    parser.add_argument("folder", type=Path, help="a dataset from detr_lightning/demo/pictures.py")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "assets/demo/detr_demo.pth")
     arguments = parser.parse_args()
     coco = COCO(str(arguments.folder / ANNOTATION_FILE))

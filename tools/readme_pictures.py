@@ -22,9 +22,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from detr_lightning import EmbeddingStore, extract, plots
+from detr_lightning import EmbeddingStore, extract
+from detr_lightning.analysis import plots
 from detr_lightning.analysis.objects import objects
-from tools.demo_dataset import write_dataset
+from detr_lightning.demo.pictures import write_dataset
 from tools.train_demo import LONG_SIDE, SHORT_SIDE
 
 ROOT = Path(__file__).resolve().parents[1]

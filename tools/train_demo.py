@@ -1,4 +1,4 @@
-"""Train the small DETR of assets/demo from scratch, on a CPU, on pictures from tools/demo_dataset.py.
+"""Train the small DETR of assets/demo from scratch, on a CPU, on pictures from detr_lightning/demo/pictures.py.
 
     python tools/train_demo.py assets/demo/detr_demo.pth
 
@@ -30,9 +30,9 @@ from torchvision.ops import FrozenBatchNorm2d, box_convert, generalized_box_iou,
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
+from detr_lightning.demo.pictures import CATEGORIES, draw_picture
 from detr_lightning.format.preprocessing import resized_size
 from detr_lightning.model.detr import DETR, Architecture, normalise
-from tools.demo_dataset import CATEGORIES, draw_picture
 
 SHORT_SIDE, LONG_SIDE = 128, 213
 ARCHITECTURE = Architecture(

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.filesize import decimal
 
-from detr_lightning import __version__
+from detr_lightning import __version__, shipped
 from detr_lightning.command import reports
-from detr_lightning.command.parser import LINKS, CommandError, CommandParser, check_config
+from detr_lightning.command.parser import LINKS, CommandError, CommandParser, with_config_files
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.data.decode import image_folder
 from detr_lightning.errors import DETRLightningError, IncompleteError, count
@@ -97,12 +96,7 @@ class DETRCLI(LightningCLI):
         """
         for subparser in self._subcommand_parsers.values():
             CommandParser.names |= {action.dest for action in subparser._actions}
-        words = sys.argv[1:] if args is None else args
-        for flag, word in zip(words, [*words[1:], ""], strict=False):
-            name, _, value = flag.partition("=")
-            if name in ("-c", "--config"):
-                check_config(Path(value or word))
-        super().parse_arguments(parser, args)
+        self.config = parser.parse_args(with_config_files(sys.argv[1:] if args is None else args))
 
     def before_instantiate_classes(self) -> None:
         """Look for the images before the weights, which may have to be fetched.
@@ -110,7 +104,11 @@ class DETRCLI(LightningCLI):
         Raises:
             FileNotFoundError: Their folder is not there.
         """
-        data = self.config[self.subcommand].data
+        settings = self.config[self.subcommand]
+        data = settings.data
+        for group, name in ((settings.model, "weights"), (data, "image_dir"), (data, "annotation_file")):
+            if group[name]:
+                group[name] = shipped.demo_file(group[name])
         if not data.download:
             image_folder(os.path.expanduser(data.image_dir))
 

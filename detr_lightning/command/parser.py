@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -14,6 +15,7 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from detr_lightning import shipped
 from detr_lightning.errors import SettingError
 
 LINKS = {"extract_type": "model.extract_type", "output_dir": "writer.output_dir"}
@@ -52,14 +54,28 @@ class CommandParser(LightningArgumentParser):
         raise CommandError(text)
 
 
+def with_config_files(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with the path of each config in place of its name, and check its content.
+
+    Raises:
+        SettingError: There is no such config, or its content cannot be used.
+    """
+    resolved = list(words)
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in ("-c", "--config") and (equals or place + 1 < len(words)):
+            path = shipped.config_file(value if equals else words[place + 1])
+            check_config(path)
+            resolved[place if equals else place + 1] = f"{flag}={path}" if equals else str(path)
+    return resolved
+
+
 def check_config(path: Path) -> None:
     """Refuse a file that is not YAML with settings, or sets one that a top-level key would overwrite in silence.
 
     Raises:
         CommandError: The file, and what is wrong with it.
     """
-    if not path.is_file():
-        raise CommandError(f"--config names {path}, which is no file.")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -31,7 +31,7 @@ CLI = Path(__file__).resolve().parent.parent.parent / "cli.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("count", [1, 7])
 def test_few_images_on_two_ranks(
     ranks: Callable[..., list[Started]], start: Callable[..., Started], tmp_path: Path, count: int
 ) -> None:
@@ -65,7 +65,7 @@ def test_a_nearly_finished_run_leaves_nothing_for_a_rank(job: Job) -> None:
     job.finish()
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_no_rank_loses_patience_with_a_slow_one(job: Job) -> None:
     patience = """
 import functools
@@ -178,7 +178,7 @@ def test_locks_must_reach_all_nodes(job: Job) -> None:
     job.finish()
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_two_nodes_of_torchrun(tiny_weights: Path, images: Coco, undisturbed: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", str(CLI), "predict"]
@@ -205,7 +205,7 @@ def long(tmp_path: Path, images: Coco) -> Coco:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["importing", "writing"])
+@pytest.mark.parametrize("when", [pytest.param("importing", marks=pytest.mark.endurance), "writing"])
 def test_orphans_end_and_a_resume_waits_for_them(
     start: Callable[..., Started], long: Coco, tmp_path: Path, when: str
 ) -> None:
@@ -226,7 +226,7 @@ def test_orphans_end_and_a_resume_waits_for_them(
     until(lambda: not group_of(run.pid), 60)
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_lightning_ends_rank_0_when_rank_1_dies(start: Callable[..., Started], long: Coco, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     ddp = ("--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accelerator", "cpu")

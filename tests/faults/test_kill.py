@@ -17,16 +17,21 @@ from harness import Job, Zygote, contents, slow, until
 
 from detr_lightning.store import EmbeddingStore
 
+ENDURANCE = pytest.mark.endurance
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_ten_kills_and_a_resume_leave_what_an_undisturbed_run_leaves(job: Job, workers: str) -> None:
+@pytest.mark.parametrize(
+    ("kills", "workers"),
+    [(3, "1"), pytest.param(10, "0", marks=ENDURANCE), pytest.param(10, "1", marks=ENDURANCE)],
+)
+def test_kills_and_a_resume_leave_what_an_undisturbed_run_leaves(job: Job, kills: int, workers: str) -> None:
     seed = time.time_ns()
     print(f"seed {seed}")
     chance = random.Random(seed)
-    for _ in range(10):
+    for _ in range(kills):
         run = job.start("--data.num_workers", workers, patch=slow())
-        job.until_files(len(job.files) + chance.randint(0, 2), run)
+        job.until_files(len(job.files) + chance.randint(1, 3), run)
         time.sleep(chance.choice((0, 0.02, 0.1)) * chance.random())
         assert run.poll() is None, run.err
         run.signal()
@@ -36,13 +41,13 @@ def test_ten_kills_and_a_resume_leave_what_an_undisturbed_run_leaves(job: Job, w
         assert not (job.folder / "metadata.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in recorded(job.folder)}
     job.finish()
-    assert len(kept) > 3
+    assert len(kept) >= 3
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
 
 
 @pytest.mark.slow
 def test_two_ranks_killed_and_resumed_by_one_and_by_two(job: Job) -> None:
-    for number, goal in enumerate((5, 12, 20, 28)):
+    for number, goal in enumerate((8, 20)):
         running = job.ranks(patch=slow()) if number % 2 == 0 else [job.start(patch=slow())]
         job.until_files(goal, running[0])
         for run in reversed(running):
@@ -83,8 +88,11 @@ os._exit(0)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "ids", "if_exists"),
-    [([], [1, 2, 3], "resume"), ([1, 2], [1, 2, 5], "resume"), ([1, 2, 7], [2, 3], "overwrite")],
-    ids=["fresh", "more images", "overwrite"],
+    [
+        pytest.param([], [1, 2], "resume", id="fresh"),
+        pytest.param([1], [1, 5], "resume", id="more images"),
+        pytest.param([1, 7], [1, 2], "overwrite", id="overwrite"),
+    ],
 )
 def test_killed_before_each_operation_on_the_disk(
     zygote: Zygote, tmp_path: Path, before: list[int], ids: list[int], if_exists: str

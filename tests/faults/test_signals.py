@@ -10,8 +10,11 @@ from harness import Job, message, slow, until
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
+@pytest.mark.parametrize(
+    ("number", "group"),
+    [(signal.SIGINT, True), (signal.SIGTERM, False)],
+    ids=["Ctrl-C in a terminal", "SIGTERM to the process"],
+)
 def test_one_process(job: Job, number: signal.Signals, group: bool) -> None:
     run = job.start("--data.num_workers", "1", patch=slow())
     job.until_files(4, run)

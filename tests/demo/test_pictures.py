@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-ROOT = Path(__file__).resolve().parents[1]
+from detr_lightning.demo import pictures as demo_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo"
 sys.path.insert(0, str(ROOT))
 
-from tools import demo_dataset, train_demo  # noqa: E402
+from tools import train_demo  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Draw a synthetic object detection dataset in COCO's format: shapes of six classes on textured backgrounds.
 
-    python tools/demo_dataset.py assets/demo --images 24 --seed 2
+    python -m detr_lightning.demo.pictures assets/demo --images 24 --seed 2
 
 writes `images/*.jpg` and `instances_demo.json`. Every picture depends on the seed and its own number alone. The same
 versions of numpy and Pillow give the same bytes; others may round differently.
@@ -77,7 +77,8 @@ def background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     grid = rng.normal(0, rng.uniform(2, 16), (rng.integers(3, 12), rng.integers(3, 12))).astype(np.float32)
     clouds = np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))[..., None]
     noise = rng.standard_normal((height, width, 1), dtype=np.float32) * rng.uniform(0, 14)
-    return np.clip(first + pattern + clouds + noise, 0, 255)
+    pixels: np.ndarray = np.clip(first + pattern + clouds + noise, 0, 255)
+    return pixels
 
 
 def contrasting(rng: np.random.Generator, colour: np.ndarray) -> np.ndarray:
@@ -85,7 +86,7 @@ def contrasting(rng: np.random.Generator, colour: np.ndarray) -> np.ndarray:
     while True:
         candidate = rng.uniform(0, 255, 3)
         if np.linalg.norm(candidate - colour) > 110:
-            return candidate
+            return np.asarray(candidate)
 
 
 def polygon_mask(polygons: list[np.ndarray], width: int, height: int, scale: int = 1) -> Image.Image:
@@ -140,7 +141,7 @@ def draw_picture(seed: int, number: int) -> Picture:
     width, height = SIZES[number % len(SIZES)]
     pixels = background(rng, width, height)
     taken: list[tuple[float, ...]] = []
-    annotations = []
+    annotations: list[dict[str, Any]] = []
 
     kind = rng.random()
     crowd, count = kind < 0.08, 0 if 0.08 <= kind < 0.13 else int(rng.integers(1, 6))
@@ -175,7 +176,8 @@ def draw_picture(seed: int, number: int) -> Picture:
 def write_dataset(folder: Path, images: int, seed: int) -> Path:
     """Write pictures 1 to `images` and their annotations; return the annotation file."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    records, annotations = [], []
+    records: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(1, images + 1):
         picture = draw_picture(seed, number)
         file_name = f"{number:012d}.jpg"

@@ -13,7 +13,7 @@ from ran import RunCLI
 
 from detr_lightning.store.verify import verify
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Well below what assets/demo/README.md states, and far above what any mistake in pixels, labels or boxes leaves.
 LEAST_AP50 = 0.9
 
@@ -54,7 +54,7 @@ def test_wrong_preprocessing_or_heads_would_show(
     assert numbers(ran.out)["AP50"] < LEAST_AP50
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_several_devices_count_each_image_once(demo: tuple[str, ...], run_cli: RunCLI) -> None:
     one = numbers(run_cli("validate", *demo).out)
     argv = ["validate", *demo, "--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
