@@ -33,13 +33,14 @@ def export(
     image_ids: Iterable[int] | None = None,
     pool: str | None = None,
     threshold: float = 0.0,
+    overwrite: bool = True,
     progress: bool | None = None,
 ) -> list[Path]:
     """Write one key of a store, or its detections, to a file that appears whole or not at all.
 
     Args:
         store: The extraction.
-        output: The file to write, in an existing folder that is not the store's own. It is replaced if it is there.
+        output: The file to write, outside of the store's folder. Missing folders are made.
         format: `npy` writes an array `[N, ...]`, and the image ids beside it in a file that ends in `.ids.npy`.
             `parquet` writes the columns `image_id` and `embedding`, flattened; the schema's metadata has its `shape`.
             `safetensors` writes the tensors `image_ids` and the key.
@@ -48,6 +49,7 @@ def export(
         image_ids: Which images, in which order; by default all.
         pool: As for `EmbeddingStore.stack`; not used by `coco`.
         threshold: `coco` leaves out detections that score less; 0 keeps one for each query, as the official code does.
+        overwrite: Whether to replace a file that is there.
         progress: Show a progress bar; by default for more than 1000 images or after two seconds.
 
     Returns:
@@ -60,7 +62,7 @@ def export(
             in the store's folder, or no detection above the threshold.
     """
     check_choice("format", format, SUFFIXES)
-    path = _output(store, output, format)
+    path = output_path(store, output, SUFFIXES[format], overwrite, ".ids.npy" if format == "npy" else "")
     ids = store.image_ids if image_ids is None else list(image_ids)
     if format == "coco":
         _write_coco(store, path, ids, threshold, progress)
@@ -79,22 +81,33 @@ def export(
     return [path, beside]
 
 
-def _output(store: EmbeddingStore, output: str | os.PathLike[str], format: str) -> Path:
-    """Check where the output goes.
+def output_path(
+    store: EmbeddingStore, output: str | os.PathLike[str], suffix: str, overwrite: bool = True, beside: str = ""
+) -> Path:
+    """Check where a file made of a store goes, and make the folders that are missing.
+
+    Args:
+        store: Where the data comes from.
+        output: The file to write.
+        suffix: What its name must end in.
+        overwrite: Whether to replace what is there.
+        beside: The ending of a second file that is written beside it.
 
     Raises:
-        FileNotFoundError: Its folder does not exist.
-        ValueError: Its name has another ending, or it lies among the embeddings.
+        FileExistsError: It is there already, and `overwrite` is False.
+        SettingError: Its name has another ending, it is a folder, or it lies among the embeddings.
     """
     path = Path(output).expanduser()
-    if path.suffix != SUFFIXES[format]:
-        raise SettingError(f"{path} does not end in {SUFFIXES[format]}, as a file of format {format} does.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} does not exist. Make the folder first.")
+    if path.suffix != suffix:
+        raise SettingError(f"{path} does not end in {suffix}. Name the file {path.with_suffix(suffix).name}.")
     if path.is_dir():
         raise SettingError(f"{path} is a folder. Name a file to write.")
     if path.resolve().is_relative_to(store.folder.resolve()):
         raise SettingError(f"{path} lies in the extraction's own folder, which holds nothing else. Write elsewhere.")
+    for file in (path, path.with_suffix(beside)) if beside else (path,):
+        if not overwrite and file.exists():
+            raise FileExistsError(f"{file} is there already. Choose another name, or give --overwrite to replace it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

@@ -40,17 +40,19 @@ def rewrite(path: Path, **changes: Any) -> Path:
 
 def test_a_row_for_each_object(store: EmbeddingStore, content: dict[str, Any]) -> None:
     table = objects(store)
-    columns = ["image_id", "query", "category_id", "category", "score", "x1", "y1", "x2", "y2", "bbox", "embedding"]
-    assert list(table) == columns
+    columns = ["image_id", "file_name", "query", "category_id", "category", "score", "x1", "y1", "x2", "y2", "bbox"]
+    assert list(table) == [*columns, "area_class", "embedding"]
     assert len(table) == len(content["annotations"])
     for row, annotation in zip(table.itertuples(), content["annotations"], strict=True):
         assert (row.image_id, row.category_id) == (annotation["image_id"], annotation["category_id"])
         assert row.category == {1: "person", 3: "car", 18: "dog"}[row.category_id]
+        assert row.file_name == f"{row.image_id:012d}.jpg"
         assert row.bbox == pytest.approx(annotation["bbox"], abs=1e-3)
         assert [row.x1, row.y1] == row.bbox[:2]
         assert row.x2 - row.x1 == pytest.approx(row.bbox[2])
         assert row.score >= 0.7
         assert np.array_equal(row.embedding, store[row.image_id]["query_embeddings"][row.query])
+    assert table.area_class.tolist() == ["small", "medium", "large"] * 4
     assert np.stack(table.embedding).shape == (len(table), 16)
 
 
@@ -102,11 +104,19 @@ def test_a_threshold_is_a_probability(store: EmbeddingStore, threshold: float) -
         objects(store, threshold)
 
 
-def test_a_threshold_that_leaves_nothing_says_what_there_is(store: EmbeddingStore) -> None:
-    with pytest.raises(ValueError, match=r"No query of 4 images scores 1\.0 or more; the best is 0\.9.*in image \d+"):
-        objects(store, 1.0)
-    with pytest.raises(ValueError, match="No image of"):
-        objects(store, image_ids=[])
+def test_a_threshold_that_nothing_reaches_gives_an_empty_table(store: EmbeddingStore, annotation_file: Path) -> None:
+    full = objects(store)
+    with pytest.warns(UserWarning, match=r"No query of 4 images scores 1\.0 or more; the best is 0\.9.*in image \d+"):
+        table = objects(store, 1.0)
+    assert table.empty
+    assert list(table) == list(full)
+    with pytest.warns(UserWarning, match="No query of 4 images"):
+        annotated, unmatched = match(store, annotation_file, threshold=1.0)
+    assert len(annotated) == 12
+    assert not annotated.found.any()
+    assert unmatched.empty
+    with pytest.warns(UserWarning, match="No image of"):
+        assert objects(store, image_ids=[]).empty
 
 
 def test_missing_keys(tmp_path: Path) -> None:

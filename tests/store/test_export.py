@@ -105,8 +105,11 @@ def test_where_an_export_may_go(store: EmbeddingStore, tmp_path: Path) -> None:
         export(store, tmp_path / "a.csv", "csv")
     with pytest.raises(ValueError, match=r"does not end in \.npy"):
         export(store, tmp_path / "a.json", "npy")
-    with pytest.raises(FileNotFoundError, match="Make the folder first"):
-        export(store, tmp_path / "none" / "a.npy")
+    assert export(store, tmp_path / "new" / "folder" / "a.npy")[0].is_file()
+    (tmp_path / "a.ids.npy").write_text("before")
+    with pytest.raises(FileExistsError, match=r"a\.ids\.npy is there already"):
+        export(store, tmp_path / "a.npy", overwrite=False)
+    export(store, tmp_path / "b.npy", overwrite=False)
     with pytest.raises(ValueError, match="the extraction's own folder"):
         export(store, store.folder / "a.npy")
     (tmp_path / "folder.npy").mkdir()

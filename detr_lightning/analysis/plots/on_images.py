@@ -48,10 +48,8 @@ def detections(
         KeyError: The store holds no such image.
         ValueError: The folder lacks a key, or nothing reaches the threshold.
     """
-    from detr_lightning.analysis.objects import objects
-
     picture = _picture(store, image_id, image_dir)
-    table = objects(store, threshold, image_ids=[image_id], key=None)
+    table = _objects(store, image_id, threshold)
     height, width = picture.shape[:2]
     figure = Figure(figsize=(WIDTH, WIDTH * height / width))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -89,16 +87,14 @@ def attention(
         KeyError: The store holds no such image.
         ValueError: The folder lacks a key, there is no such query, or nothing reaches the threshold.
     """
-    from detr_lightning.analysis.objects import objects
-
     store.require("cross_attention", "pred_logits", "pred_boxes")
     picture = _picture(store, image_id, image_dir)
     if query is None:
-        table = objects(store, threshold, image_ids=[image_id], key=None)
+        table = _objects(store, image_id, threshold)
         table = table.sort_values("score", ascending=False).head(4)
     else:
         queries = [query] if isinstance(query, int) else list(query)
-        table = objects(store, 0.0, image_ids=[image_id], key=None).set_index("query", drop=False)
+        table = _objects(store, image_id, 0.0).set_index("query", drop=False)
         if unknown := [number for number in queries if number not in table.index]:
             raise SettingError(f"there is no query {unknown[0]}; image {image_id} has 0 to {len(table) - 1}.")
         table = table.loc[queries]
@@ -173,6 +169,22 @@ def neighbours(
         for axes in panels[line][len(nearest) + 1 :]:
             axes.set_axis_off()
     return figure
+
+
+def _objects(store: EmbeddingStore, image_id: int, threshold: float) -> pd.DataFrame:
+    """Return the objects of an image.
+
+    Raises:
+        SettingError: Nothing reaches the threshold.
+    """
+    from detr_lightning.analysis.objects import frame_of
+    from detr_lightning.analysis.reader import ObjectReader
+
+    reader = ObjectReader(store, threshold, [image_id], key=None)
+    table = frame_of(reader, progress=False)
+    if table.empty:
+        raise SettingError(reader.nothing_found())
+    return table
 
 
 def _picture(store: EmbeddingStore, image_id: int, image_dir: str | os.PathLike[str] | None) -> np.ndarray:

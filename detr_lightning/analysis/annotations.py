@@ -1,0 +1,115 @@
+"""The annotated objects of a store's images, compared with what was detected."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detr_lightning.analysis.overlap import Annotated, assign
+from detr_lightning.data.coco import COCOFile, read_coco_file
+from detr_lightning.errors import InputError
+from detr_lightning.store.store import EmbeddingStore
+
+COMPARED = ["outcome", "annotation_id", "annotated_category_id", "annotated_category", "iou"]
+"""The columns of a table of objects that speak of the annotated objects."""
+
+
+class GroundTruth:
+    """The annotated objects of many images, as arrays.
+
+    Args:
+        annotations: Each with `id`, `image_id`, `category_id`, `bbox` `[x, y, width, height]` and `iscrowd`.
+        categories: The name of each category id.
+    """
+
+    def __init__(self, annotations: Iterable[Mapping[str, Any]], categories: Mapping[int, str]) -> None:
+        ordered = sorted(annotations, key=lambda annotation: annotation["image_id"])
+        self._image_ids = np.array([annotation["image_id"] for annotation in ordered], np.int64)
+        self._annotated = Annotated.of(ordered)
+        ids = [annotation.get("id") for annotation in ordered]
+        # An id may be text. Then all are, since a column of a file has one type.
+        whole = all(type(number) is int for number in ids)
+        self._ids = np.array(ids if whole else [None if number is None else str(number) for number in ids], object)
+        self._categories = dict(categories)
+        empty = {name: np.empty(0, object) for name in COMPARED} | {"iou": np.empty(0, np.float64)}
+        self.no_rows = empty
+        """What `compare` returns for no detection."""
+
+    @property
+    def text_ids(self) -> bool:
+        """Whether `annotation_id` is text and not an integer."""
+        return any(isinstance(number, str) for number in self._ids)
+
+    def compare(
+        self, image_id: int, boxes_xyxy: np.ndarray, scores: np.ndarray, category_ids: np.ndarray, iou: float
+    ) -> dict[str, np.ndarray]:
+        """Return the columns `COMPARED` for the detections of an image."""
+        low, high = np.searchsorted(self._image_ids, [image_id, image_id + 1])
+        annotated = Annotated(*(values[low:high] for values in self._annotated))
+        found = assign(boxes_xyxy, scores, category_ids, annotated, iou)
+        near = found.annotated >= 0
+
+        def of_annotated(values: list[Any]) -> np.ndarray:
+            column = np.full(len(near), None, object)
+            column[near] = [values[index] for index in found.annotated[near]]
+            return column
+
+        numbers = annotated.category_ids.tolist()
+        return {
+            "outcome": found.outcome,
+            "annotation_id": of_annotated(self._ids[low:high].tolist()),
+            "annotated_category_id": of_annotated(numbers),
+            "annotated_category": of_annotated([self._categories[number] for number in numbers]),
+            "iou": np.where(near, found.iou, np.nan),
+        }
+
+
+def read_ground_truth(annotation_file: str | os.PathLike[str], store: EmbeddingStore) -> GroundTruth:
+    """Read the annotated objects of a store's images.
+
+    Raises:
+        FileNotFoundError: There is no such annotation file.
+        InputError: It is no COCO annotation file, or one of other images.
+    """
+    content = read_annotations(annotation_file, store, whole=False)
+    return GroundTruth((entry for entry in content.annotations if entry["image_id"] in store), content.categories)
+
+
+def read_annotations(annotation_file: str | os.PathLike[str], store: EmbeddingStore, whole: bool = True) -> COCOFile:
+    """Read an annotation file and check that it is of the store's images.
+
+    Args:
+        annotation_file: COCO's `instances_*.json`, or a file in its format.
+        store: The extraction.
+        whole: Keep every field of the annotations, and not just those that evaluation needs.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: It is no COCO annotation file, or its images, sizes or categories are others than the store's.
+    """
+    content = read_coco_file(Path(annotation_file).expanduser(), "whole" if whole else "boxes", "annotation_file")
+    records = {record.image_id: record for record in content.images}
+    missing = [image_id for image_id in store if image_id not in records]
+    if missing:
+        raise InputError(
+            f"{content.path} is of another dataset: of the {len(store)} images of {store.folder} it does not list "
+            f"{len(missing)}, for example {missing[0]}."
+        )
+    for image_id in store:
+        entry, other = store.entry(image_id), records[image_id]
+        if other.width and entry.size != other.size:
+            raise InputError(
+                f"{content.path} is of another dataset: image {image_id} is {other.width}x{other.height} there and "
+                f"{entry.width}x{entry.height} in {store.folder}."
+            )
+    for index, name in store.categories.items():
+        if content.categories.get(index, name) != name:
+            raise InputError(
+                f"{content.path} calls category {index} {content.categories[index]!r}, "
+                f"{store.folder} calls it {name!r}."
+            )
+    return content

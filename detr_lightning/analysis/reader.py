@@ -1,0 +1,138 @@
+"""Reading the objects of a store, some images at a time, as the columns of a table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from detr_lightning.analysis.annotations import COMPARED, GroundTruth, read_ground_truth
+from detr_lightning.analysis.overlap import area_classes
+from detr_lightning.detections import detect
+from detr_lightning.errors import SettingError
+from detr_lightning.parallel import track
+from detr_lightning.store.store import EmbeddingStore
+
+CORNERS = ["x1", "y1", "x2", "y2"]
+COLUMNS = ["image_id", "file_name", "query", "category_id", "category", "score", *CORNERS, "bbox", "area_class"]
+_BLOCK = 64
+"""How many images are read at a time."""
+
+Columns = dict[str, np.ndarray]
+"""The columns of some rows by name: `[N]`, or `[N, 4]` for `bbox` and `[N, d]` for `embedding`."""
+
+
+class ObjectReader:
+    """Reads the objects of a store.
+
+    Args:
+        store: A folder with `pred_logits` and `pred_boxes`.
+        threshold: The lowest score.
+        image_ids: Which images; by default all.
+        key: Where `embedding` comes from: `query_embeddings`, `decoder_output`, or None for no embedding.
+        layer: With `decoder_output`, which decoder layer.
+        annotation_file: A COCO annotation file to compare the objects with.
+        iou: The smallest overlap with an annotated object that counts as found.
+
+    Raises:
+        FileNotFoundError: There is no such annotation file.
+        UnknownImageError: The store holds no such image.
+        InputError: The annotation file is not COCO's, or one of other images.
+        SettingError: The folder lacks a key, or a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        threshold: float = 0.7,
+        image_ids: Iterable[int] | None = None,
+        key: str | None = "query_embeddings",
+        layer: int = -1,
+        annotation_file: str | os.PathLike[str] | None = None,
+        iou: float = 0.5,
+    ) -> None:
+        if not 0 <= threshold <= 1:
+            raise SettingError(f"threshold is {threshold}; a score is a probability, from 0 to 1.")
+        if key not in (None, "query_embeddings", "decoder_output"):
+            raise SettingError(f"key is {key!r}; an object has query_embeddings, decoder_output, or None.")
+        if not 0 < iou <= 1:
+            raise SettingError(f"iou is {iou}; an overlap is above 0 and at most 1.")
+        store.require("pred_logits", "pred_boxes", *([key] if key else []))
+        self.store, self.threshold, self.key, self.layer, self.iou = store, threshold, key, layer, iou
+        self.ids = [store.entry(image_id).image_id for image_id in (store if image_ids is None else image_ids)]
+        self.ground_truth: GroundTruth | None = None
+        if annotation_file is not None:
+            self.ground_truth = read_ground_truth(annotation_file, store)
+        self.best, self.best_image = -1.0, -1
+        compared = COMPARED if self.ground_truth else []
+        self.columns = [*COLUMNS, *compared, *(["embedding"] if key else [])]
+
+    def blocks(self, progress: bool | None = None) -> Iterator[Columns]:
+        """Yield the columns of some images at a time, and those of no row where there is no image."""
+        names = self.store.categories
+        starts = range(0, max(len(self.ids), 1), _BLOCK)
+        for start in track(starts, len(starts), "Reading objects", progress):
+            yield self._block(self.ids[start : start + _BLOCK], names)
+
+    def nothing_found(self) -> str:
+        """Return why no object was found; known when all blocks have been read."""
+        if not self.ids:
+            return f"No image of {self.store.folder} was chosen. It holds {len(self.store)} images."
+        return (
+            f"No query of {len(self.ids)} images scores {self.threshold} or more; the best is {self.best:.3f}, "
+            f"in image {self.best_image}. Lower the threshold."
+        )
+
+    def _block(self, ids: list[int], names: dict[int, str]) -> Columns:
+        images = [self.no_rows, *filter(None, map(self._image, ids))]
+        block = {name: np.concatenate([image[name] for image in images]) for name in self.no_rows}
+        extent = block["x2"] - block["x1"], block["y2"] - block["y1"]
+        block["category"] = np.array([names.get(number, str(number)) for number in block["category_id"]], object)
+        block["bbox"] = np.stack([block["x1"], block["y1"], *extent], axis=1)
+        block["area_class"] = area_classes(extent[0] * extent[1])
+        return {name: block[name] for name in self.columns}
+
+    def _image(self, image_id: int) -> Columns | None:
+        entry = self.store.entry(image_id)
+        logits, boxes = (self.store.load(image_id, key) for key in ("pred_logits", "pred_boxes"))
+        found = detect(logits, boxes, entry.size)
+        if len(found.scores) and (top := found.scores.max().item()) > self.best:
+            self.best, self.best_image = top, image_id
+        rows = (found.scores >= self.threshold).nonzero().flatten()  # [N]
+        if not len(rows):
+            return None
+        corners = found.boxes_xyxy[rows].double().numpy()
+        columns = {
+            "image_id": np.full(len(rows), image_id),
+            "file_name": np.full(len(rows), entry.file_name, object),
+            "query": rows.numpy(),
+            "category_id": found.labels[rows].numpy(),
+            "score": found.scores[rows].double().numpy(),
+            **dict(zip(CORNERS, corners.T, strict=True)),
+        }
+        if self.ground_truth is not None:
+            found_by = (corners, columns["score"], columns["category_id"])
+            columns |= self.ground_truth.compare(image_id, *found_by, self.iou)
+        if self.key is not None:
+            columns["embedding"] = self._queries(image_id)[rows].float().numpy()
+        return columns
+
+    def _queries(self, image_id: int) -> Tensor:
+        tensor = self.store.load(image_id, str(self.key))
+        return tensor[self.layer] if self.key == "decoder_output" else tensor  # [Q, d]
+
+    @cached_property
+    def no_rows(self) -> Columns:
+        """The columns that `_image` returns, with no rows."""
+        integers, texts, numbers = np.empty(0, np.int64), np.empty(0, object), np.empty(0, np.float64)
+        columns = {"image_id": integers, "file_name": texts, "query": integers, "category_id": integers}
+        columns |= {"score": numbers, **dict.fromkeys(CORNERS, numbers)}
+        if self.ground_truth is not None:
+            columns |= self.ground_truth.no_rows
+        if self.key is not None:
+            width = self._queries(self.store.image_ids[0]).shape[-1] if len(self.store) else 1
+            columns["embedding"] = np.empty((0, width), np.float32)
+        return columns

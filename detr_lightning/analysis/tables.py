@@ -1,0 +1,147 @@
+"""Tables of objects as Parquet files."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from detr_lightning.analysis.reader import ObjectReader
+from detr_lightning.errors import MissingPackageError
+from detr_lightning.format.files import replacing
+from detr_lightning.store.export import output_path
+from detr_lightning.store.store import EmbeddingStore
+
+try:
+    import pyarrow as pa
+    from pyarrow import parquet
+except ImportError as missing:
+    raise MissingPackageError("Tables need pyarrow: pip install 'detr-lightning[analysis]'.") from missing
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROWS = 8192
+"""How many rows a row group holds: about 10 MB with vectors of 256 numbers."""
+
+_TEXTS = ["file_name", "category", "area_class", "outcome", "annotated_category"]
+
+SOURCE = b"detr_lightning"
+"""The key of a file's own metadata that holds where its objects come from, as JSON."""
+
+
+def write_objects(
+    store: EmbeddingStore,
+    output: str | os.PathLike[str],
+    threshold: float = 0.7,
+    *,
+    image_ids: Iterable[int] | None = None,
+    key: str | None = "query_embeddings",
+    layer: int = -1,
+    annotation_file: str | os.PathLike[str] | None = None,
+    iou: float = 0.5,
+    overwrite: bool = True,
+    progress: bool | None = None,
+) -> Path:
+    """Write the table of `objects` to a Parquet file, whole or not at all, in the memory that a few images need.
+
+    The columns are those of `detr_lightning.analysis.objects.objects`; `embedding` is a list of fixed size. The
+    file's own metadata records the store, the model and the settings, under `detr_lightning`.
+
+    Args:
+        store: As for `objects`, like all that is not named here.
+        output: A file that ends in `.parquet`. Missing folders are made.
+        threshold: As for `objects`.
+        image_ids: As for `objects`.
+        key: As for `objects`.
+        layer: As for `objects`.
+        annotation_file: As for `objects`.
+        iou: As for `objects`.
+        overwrite: Whether to replace a file that is there.
+        progress: As for `objects`.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: The file cannot be written.
+        DETRLightningError: As for `objects`, or the output is not allowed.
+    """
+    path = output_path(store, output, ".parquet", overwrite)
+    reader = ObjectReader(store, threshold, image_ids, key, layer, annotation_file, iou)
+    if not stream(reader, path, progress).total():
+        warnings.warn(reader.nothing_found(), stacklevel=2)
+    return path
+
+
+def stream(reader: ObjectReader, path: Path, progress: bool | None = None) -> Counter[str]:
+    """Write what a reader finds to a Parquet file, and return how many objects had each outcome."""
+    counts: Counter[str] = Counter()
+    schema = _schema(reader)
+    with replacing(path) as file, parquet.ParquetWriter(file, schema, use_dictionary=_TEXTS) as writer:
+        waiting: list[pa.Table] = []
+        for block in reader.blocks(progress):
+            waiting.append(pa.table([_array(block[field.name], field.type) for field in schema], schema=schema))
+            counts.update(block["outcome"] if "outcome" in block else {"objects": len(block["image_id"])})
+            if sum(map(len, waiting)) >= ROWS:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting.clear()
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+    return +counts
+
+
+def write(table: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
+    """Write a table of `objects` or `match` to a Parquet file, whole or not at all; `pandas.read_parquet` reads it.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    path = Path(path).expanduser()
+    plain = table.copy()
+    for column in plain.columns:
+        if plain[column].map(lambda value: isinstance(value, dict)).any():
+            plain[column] = plain[column].map(lambda value: None if value is None else json.dumps(value))
+    schema = pa.Schema.from_pandas(plain, preserve_index=False)
+    vectors = [value for value in plain.get("embedding", ()) if isinstance(value, np.ndarray)]
+    if vectors:
+        schema = schema.set(schema.get_field_index("embedding"), pa.field("embedding", _vector(len(vectors[0]))))
+    with replacing(path) as file:
+        parquet.write_table(pa.Table.from_pandas(plain, schema, preserve_index=False), file, row_group_size=ROWS)
+    return path
+
+
+def _schema(reader: ObjectReader) -> pa.Schema:
+    types = dict.fromkeys(reader.columns, pa.float64())
+    types |= dict.fromkeys(("image_id", "query", "category_id", "annotated_category_id"), pa.int64())
+    types |= dict.fromkeys(_TEXTS, pa.string())
+    types["bbox"] = pa.list_(pa.float64(), 4)
+    if reader.ground_truth:
+        types["annotation_id"] = pa.string() if reader.ground_truth.text_ids else pa.int64()
+    if reader.key:
+        types["embedding"] = _vector(reader.no_rows["embedding"].shape[1])
+    metadata = reader.store.metadata
+    source = {
+        "folder": str(reader.store.folder.resolve()),
+        "model_sha256": metadata.get("model", {}).get("sha256"),
+        "key": reader.key,
+        "layer": reader.layer,
+        "threshold": reader.threshold,
+    }
+    return pa.schema([(name, types[name]) for name in reader.columns], {SOURCE: json.dumps(source)})
+
+
+def _vector(width: int) -> pa.DataType:
+    return pa.list_(pa.float32(), width)
+
+
+def _array(values: np.ndarray, type: pa.DataType) -> pa.Array:
+    if values.ndim == 1:
+        return pa.array(values, type, from_pandas=True)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=type)
