@@ -79,12 +79,10 @@ def match(
     on_crowd: set[int] = set()
     for image_id, annotated in ground_truth.items():
         indices = by_image.get(image_id, np.empty(0, dtype=np.int64))
-        found = assign(
-            *(detections.iloc[indices][names].to_numpy() for names in (CORNERS, "score", "category_id")),
-            Annotated.of(annotated),
-            iou,
-            same_category,
+        boxes, scores, categories = (
+            detections.iloc[indices][names].to_numpy() for names in (CORNERS, "score", "category_id")
         )
+        found = assign(boxes, scores, categories, Annotated.of(annotated), iou, same_category)
         on_crowd.update(indices[found.outcome == "crowd"].tolist())
         of_annotation = {
             int(found.annotated[position]): position for position in np.flatnonzero(found.outcome == "matched")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from detr_lightning.analysis.annotations import COMPARED, GroundTruth, read_ground_truth
 from detr_lightning.analysis.overlap import area_classes
-from detr_lightning.detections import detect
 from detr_lightning.errors import SettingError
 from detr_lightning.parallel import track
+from detr_lightning.store.predictions import Predictions
 from detr_lightning.store.store import EmbeddingStore
 
 CORNERS = ["x1", "y1", "x2", "y2"]
@@ -60,7 +60,8 @@ class ObjectReader:
             raise SettingError(f"key is {key!r}; an object has query_embeddings, decoder_output, or None.")
         if not 0 < iou <= 1:
             raise SettingError(f"iou is {iou}; an overlap is above 0 and at most 1.")
-        store.require("pred_logits", "pred_boxes", *([key] if key else []))
+        self.predictions = Predictions(store)
+        store.require(*([key] if key else []))
         self.store, self.threshold, self.key, self.layer, self.iou = store, threshold, key, layer, iou
         self.ids = [store.entry(image_id).image_id for image_id in (store if image_ids is None else image_ids)]
         self.ground_truth: GroundTruth | None = None
@@ -72,7 +73,7 @@ class ObjectReader:
 
     def blocks(self, progress: bool | None = None) -> Iterator[Columns]:
         """Yield the columns of some images at a time, and those of no row where there is no image."""
-        names = self.store.categories
+        names = self.predictions.names
         starts = range(0, max(len(self.ids), 1), _BLOCK)
         for start in track(starts, len(starts), "Reading objects", progress):
             yield self._block(self.ids[start : start + _BLOCK], names)
@@ -97,8 +98,7 @@ class ObjectReader:
 
     def _image(self, image_id: int) -> Columns | None:
         entry = self.store.entry(image_id)
-        logits, boxes = (self.store.load(image_id, key) for key in ("pred_logits", "pred_boxes"))
-        found = detect(logits, boxes, entry.size)
+        found = self.predictions[image_id]
         if len(found.scores) and (top := found.scores.max().item()) > self.best:
             self.best, self.best_image = top, image_id
         rows = (found.scores >= self.threshold).nonzero().flatten()  # [N]

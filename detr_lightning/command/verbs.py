@@ -45,6 +45,8 @@ VERBS = {
     "export": Verb(
         "write embeddings or detections as npy, parquet, safetensors, coco", "out --pool mean --output vectors.npy"
     ),
+    "objects": Verb("write a table with one row per detected object", "out --output objects.parquet"),
+    "evaluate": Verb("compute COCO's AP from a folder of embeddings", "out --annotations FILE.json"),
 }
 """All verbs, in the order of the help. `detr_lightning.command.VERB` is the module of each."""
 

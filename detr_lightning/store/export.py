@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detr_lightning.detections import coco_results, detect
+from detr_lightning.detections import coco_results
 from detr_lightning.errors import MissingPackageError, SettingError, check_choice
 from detr_lightning.format.files import replacing
 from detr_lightning.parallel import track
+from detr_lightning.store.predictions import Predictions
 from detr_lightning.store.store import EmbeddingStore
 
 SUFFIXES = {"npy": ".npy", "parquet": ".parquet", "safetensors": ".safetensors", "coco": ".json"}
@@ -170,14 +171,12 @@ def _write_coco(store: EmbeddingStore, path: Path, ids: list[int], threshold: fl
     Raises:
         ValueError: No detection reaches the threshold; `loadRes` cannot read an empty file.
     """
-    store.require("pred_logits", "pred_boxes")
+    predictions = Predictions(store)
     separator = "[\n"
     best = 0.0
     with replacing(path) as file:
         for image_id in track(ids, len(ids), "Exporting detections", progress):
-            entry = store.entry(image_id)
-            logits, boxes = (store.load(image_id, key) for key in ("pred_logits", "pred_boxes"))
-            detections = detect(logits, boxes, entry.size)
+            detections = predictions[image_id]
             best = max(best, detections.scores.max().item())
             rows: list[dict[str, Any]] = coco_results(image_id, detections, threshold)
             if rows:

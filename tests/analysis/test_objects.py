@@ -138,6 +138,7 @@ def test_every_annotated_object_is_found(store: EmbeddingStore, annotation_file:
     assert annotated.found.all()
     assert unmatched.empty
     assert annotated.annotation_id.tolist() == [a["id"] for a in content["annotations"]]
+    assert annotated.file_name.tolist() == [f"{image_id:012d}.jpg" for image_id in annotated.image_id]
     assert annotated.weather.tolist() == ["rain"] * 12  # Every field of the annotation.
     assert annotated.area_class.tolist() == ["small", "medium", "large"] * 4
     assert annotated.iou.min() > 0.99

@@ -1,0 +1,44 @@
+"""`detr-lightning evaluate`: compute COCO's numbers from an extraction."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from detr_lightning.errors import count
+from detr_lightning.store.store import EmbeddingStore
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the folder, the annotations and the file for the numbers."""
+    parser.add_argument("folder", help="the output folder of an extraction")
+    parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO's instances_*.json of these images")
+    parser.add_argument("--output", metavar="FILE.json", help="also write the numbers to a file")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the numbers as a table."""
+    from detr_lightning.analysis.evaluation import evaluate_store
+    from detr_lightning.format.files import replacing
+
+    store = EmbeddingStore(options.folder)
+    numbers = evaluate_store(store, options.annotations)
+    table = Table("COCO metric", "value", title=f"{store.folder}: {count(len(store), 'image')}", title_justify="left")
+    table.columns[1].justify = "right"
+    for name, value in numbers.items():
+        table.add_row(name, f"{value:.3f}")
+    out = Console()
+    out.print(table)
+    if failed := store.metadata.get("failed"):
+        out.print(f"Without {count(len(failed), 'image')} that could not be read at the extraction.")
+    if options.output:
+        path = Path(options.output).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps({**numbers, "images": len(store)}, indent=2).encode() + b"\n")
+        out.print(f"wrote {path}", markup=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,126 @@
+"""The verbs that analyse a folder of embeddings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from pyarrow import parquet
+from ran import RunCLI
+from store_factory import annotations_of, edit_metadata, make_store
+
+from detr_lightning.command.main import main
+from detr_lightning.demo.pictures import ANNOTATION_FILE
+from detr_lightning.shipped import DEMO
+from detr_lightning.store import EmbeddingStore
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EmbeddingStore:
+    return make_store(tmp_path / "store")
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> Path:
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(annotations_of()))
+    return path
+
+
+def test_objects(store: EmbeddingStore, annotations: Path, tmp_path: Path, capsys: Capture) -> None:
+    output = tmp_path / "made" / "objects.parquet"
+    assert main(["objects", str(store.folder), "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"wrote {output}: 12 objects in 4 images\n"
+    assert len(pd.read_parquet(output)) == 12
+    assert main(["objects", str(store.folder), "--output", str(output)]) == 1
+    assert "is there already" in capsys.readouterr().err
+    argv = ["objects", str(store.folder), "--output", str(output), "--overwrite", "--key", "none", "--threshold", "0"]
+    assert main([*argv, "--annotations", str(annotations)]) == 0
+    read = pd.read_parquet(output)
+    assert len(read) == 40
+    assert "embedding" not in read
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"wrote {output}: 40 objects in 4 images"
+    shown = {line.split()[1]: int(line.split()[0]) for line in out[1:]}
+    assert shown == read.outcome.value_counts().to_dict()
+    assert shown["matched"] == 12
+
+
+def test_objects_of_which_none_is_found(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> None:
+    output = tmp_path / "objects.parquet"
+    assert main(["objects", str(store.folder), "--output", str(output), "--threshold", "1"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"wrote {output}: 0 objects in 4 images\n"
+    assert "the best is 0.9" in said.err
+    assert len(parquet.read_table(output)) == 0
+
+
+def test_evaluate(store: EmbeddingStore, annotations: Path, tmp_path: Path, capsys: Capture) -> None:
+    argv = ["evaluate", str(store.folder), "--annotations", str(annotations)]
+    assert main([*argv, "--output", str(tmp_path / "new" / "metrics.json")]) == 0
+    out = capsys.readouterr().out
+    numbers = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    assert numbers["AP"] == pytest.approx(1)
+    assert numbers["images"] == 4
+    assert "AP50" in out
+    assert "1.000" in out
+    edit_metadata(store.folder, failed=[{"id": 3, "file_name": "a.jpg", "reason": "broken"}])
+    assert main(argv) == 0
+    assert "Without 1 image that could not be read" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_what_cannot_give_it(
+    store: EmbeddingStore, annotations: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    few = make_store(tmp_path / "few", keys=("query_embeddings", "pred_logits"))
+    assert main(["evaluate", str(few.folder), "--annotations", str(annotations)]) == 1
+    assert "holds no 'pred_boxes'" in capsys.readouterr().err
+    edit_metadata(store.folder, min_score=0.5)
+    assert main(["evaluate", str(store.folder), "--annotations", str(annotations)]) == 1
+    assert "keeps only queries that score 0.5 or more" in capsys.readouterr().err
+    edit_metadata(store.folder, min_score=None)
+    other = annotations_of(2)
+    annotations.write_text(json.dumps(other))
+    assert main(["evaluate", str(store.folder), "--annotations", str(annotations)]) == 1
+    assert "another dataset" in capsys.readouterr().err
+
+
+def test_evaluate_gives_what_validate_gives(run_cli: RunCLI, tmp_path: Path) -> None:
+    settings = ["--config", "demo", "--data.limit", "6"]
+    words = ["predict", *settings, "--output_dir", tmp_path / "out", "--model.keys", "[pred_logits, pred_boxes]"]
+    weights = ["--model.weights", str(DEMO / "detr_demo.pth")]
+    assert run_cli(*words, *weights).code == 0
+    output = tmp_path / "metrics.json"
+    assert (
+        main(["evaluate", str(tmp_path / "out"), "--annotations", str(DEMO / ANNOTATION_FILE), "--output", str(output)])
+        == 0
+    )
+    validated = run_cli("validate", *settings, *weights)
+    assert validated.code == 0
+    shown = {
+        words[0]: words[1]
+        for line in validated.out.splitlines()
+        if len(words := line.replace("│", " ").split()) == 2 and words[0][:2] in ("AP", "AR")
+    }
+    numbers = json.loads(output.read_text())
+    assert numbers["AP"] > 0.5
+    assert shown == {name: f"{value:.3f}" for name, value in numbers.items() if name != "images"}
+
+
+def test_the_verbs_need_no_lightning(store: EmbeddingStore, annotations: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom detr_lightning.command.main import main\n"
+        "folder, annotations, output = sys.argv[1:]\n"
+        "assert main(['objects', folder, '--annotations', annotations, '--output', output]) == 0\n"
+        "assert main(['evaluate', folder, '--annotations', annotations]) == 0\n"
+        "sys.exit(' '.join({'lightning', 'torchvision'} & sys.modules.keys()) or None)\n"
+    )
+    command = [sys.executable, "-c", script, str(store.folder), str(annotations), str(tmp_path / "objects.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
