@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from detr_lightning.analysis.plots.style import INK, Figure, color_of, embeddings_of, ink_on
+from detr_lightning.analysis.plots.style import INK, Figure, color_of, ink_on
+from detr_lightning.analysis.vectors import embeddings_of, linear_cka
 from detr_lightning.errors import MissingPackageError, SettingError, check_choice
 from detr_lightning.store.store import EmbeddingStore
 
@@ -92,12 +93,9 @@ def layer_similarity(
     layers = stacked.transpose(0, 1).flatten(1, 2).float()  # [N, L, Q, d] -> [L, N * Q, d]
     if measure == "cosine":
         layers = torch.nn.functional.normalize(layers, dim=-1)
-        similarity = torch.einsum("and,bnd->ab", layers, layers) / layers.shape[1]
+        grid = (torch.einsum("and,bnd->ab", layers, layers) / layers.shape[1]).numpy()
     else:
-        layers = layers - layers.mean(1, keepdim=True)
-        cross = torch.einsum("and,bne->abde", layers, layers).square().sum((2, 3))  # [L, L]
-        similarity = cross / torch.sqrt(cross.diagonal()[:, None] * cross.diagonal()[None, :])
-    grid = similarity.numpy()
+        grid = linear_cka(list(layers.numpy()), list(layers.numpy()))
     number = len(grid)
     figure = Figure(figsize=(1.6 + 0.75 * number, 0.8 + 0.75 * number), layout="constrained")
     axes = figure.subplots()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from detr_lightning.analysis.plots.style import INK, Figure, color_of, embeddings_of, ink_on
+from detr_lightning.analysis.plots.style import INK, Figure, color_of, ink_on
+from detr_lightning.analysis.vectors import embeddings_of, unit
 from detr_lightning.store.store import EmbeddingStore
 
 # Below style, which says what to install where matplotlib is missing.
@@ -142,7 +143,7 @@ def neighbours(
         ValueError: The table has no embeddings, no such row, or too few objects.
     """
     starts = [index] if isinstance(index, int) else list(index)
-    vectors = _unit(embeddings_of(table))
+    vectors = unit(embeddings_of(table))
     if outside := [start for start in starts if not -len(table) <= start < len(table)]:
         raise SettingError(f"there is no row {outside[0]}; the table has {len(table)} rows.")
     image_ids = table["image_id"].to_numpy()
@@ -192,10 +193,6 @@ def _picture(store: EmbeddingStore, image_id: int, image_dir: str | os.PathLike[
 
     with Image.open(store.image_path(int(image_id), image_dir)) as image:
         return np.asarray(image.convert("RGB"))
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12))
 
 
 def _tile(axes: Axes, picture: np.ndarray, row: Any) -> None:

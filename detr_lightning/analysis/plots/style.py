@@ -5,21 +5,17 @@ from __future__ import annotations
 import colorsys
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detr_lightning.errors import MissingPackageError, SettingError
+from detr_lightning.errors import MissingPackageError
 
 try:
     from matplotlib.figure import Figure as PlainFigure
 except ImportError as missing:
     raise MissingPackageError("Pictures need matplotlib: pip install 'detr-lightning[analysis]'.") from missing
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["INK", "Figure", "color_of", "embeddings_of", "ink_on"]
+__all__ = ["INK", "Figure", "color_of", "ink_on"]
 
 INK = "#222222"
 _HUES = ((0, 0.14, 0.28, 0.42, 0.56, 0.72, 0.86, 1), (0, 0.07, 0.14, 0.33, 0.48, 0.6, 0.77, 1))
@@ -46,12 +42,3 @@ def ink_on(color: Sequence[float] | np.ndarray) -> str:
     """Return the ink that is read best on a colour: by its relative luminance."""
     red, green, blue = color
     return INK if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.25 else "white"
-
-
-def embeddings_of(table: pd.DataFrame) -> np.ndarray:
-    """Return a table's embeddings as a matrix `[N, d]`."""
-    if "embedding" not in table or not len(table):
-        raise SettingError("the table has no embeddings. Make it with objects(store), or match, and key not None.")
-    if table["embedding"].isna().any():
-        raise SettingError("some objects have no embedding: they were missed. Take table[table.found].")
-    return np.stack(list(table["embedding"]))

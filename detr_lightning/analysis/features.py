@@ -1,0 +1,88 @@
+"""What the layers hold of each object of a table: at its box in the feature maps, at its query in the decoder."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from detr_lightning.errors import SettingError, check_choice
+from detr_lightning.store.store import EmbeddingStore
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAPS = {"backbone_features": "backbone", "encoder_output": "encoder"}
+"""Keys that are maps of the image, and the names of their features."""
+
+
+def object_features(
+    store: EmbeddingStore, table: pd.DataFrame, keys: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Return what each layer holds of each object.
+
+    From a map of the image, this is the mean over the object's box (RoIAlign, He et al., 2017); from the decoder, the
+    embedding of the object's query in each layer. `box` is the box itself, relative to the image: how much size and
+    place alone give away.
+
+    Args:
+        store: The extraction.
+        table: Rows of `objects`, or the found ones of `match`: `image_id`, `query` and the corners are read.
+        keys: Of `backbone_features`, `encoder_output`, `encoder_layers`, `decoder_output`; by default those that the
+            store holds.
+
+    Returns:
+        Matrices `[N, d]` in the order of the table: `box`, `backbone`, `encoder` or `encoder 1` to `encoder L`, and
+        `decoder 1` to `decoder L`.
+
+    Raises:
+        SettingError: The store lacks a key, or a row has no query since it was missed.
+    """
+    known = (*MAPS, "encoder_layers", "decoder_output")
+    if keys is None:
+        keys = [key for key in known if key in store.embedding_keys]
+    for key in keys:
+        check_choice("keys", key, known)
+    store.require(*keys)
+    if table["query"].isna().any():
+        raise SettingError("some objects have no query: they were missed. Take table[table.found].")
+    parts: defaultdict[str, list[np.ndarray]] = defaultdict(list)
+    order = []
+    for image_id, places in table.groupby("image_id", sort=False).indices.items():
+        rows = table.iloc[places]
+        order.append(places)
+        entry = store.entry(image_id)
+        size = torch.tensor([entry.width, entry.height] * 2)
+        corners = torch.tensor(rows[["x1", "y1", "x2", "y2"]].to_numpy(np.float32)) / size  # [n, 4], relative
+        parts["box"].append(corners.numpy())
+        for key in keys:
+            for name, features in _of_image(
+                store, image_id, key, corners, torch.tensor(rows["query"].to_numpy(np.int64))
+            ):
+                parts[name].append(features.numpy())
+    if not order:
+        return {}
+    back = np.concatenate(order).argsort()
+    return {name: np.concatenate(matrices)[back] for name, matrices in parts.items()}
+
+
+def _of_image(
+    store: EmbeddingStore, image_id: int, key: str, corners: torch.Tensor, queries: torch.Tensor
+) -> list[tuple[str, torch.Tensor]]:
+    """Return the name and the features `[n, d]` of each layer of a key."""
+    if key == "decoder_output":
+        layers = store.load(image_id, key)[:, queries].float()  # [L, n, d]
+        return [(f"decoder {number}", layer) for number, layer in enumerate(layers, start=1)]
+    from torchvision.ops import roi_align
+
+    grid = store.feature_map(image_id, key).float()  # [d, H, W], or [L, d, H, W]
+    height, width = grid.shape[-2:]
+    boxes = corners * torch.tensor([width, height, width, height])
+    stacked = grid if grid.ndim == 4 else grid[None]
+    means = [roi_align(layer[None], [boxes], output_size=1, aligned=True).flatten(1) for layer in stacked]
+    if key in MAPS:
+        return [(MAPS[key], means[0])]
+    return [(f"encoder {number}", layer) for number, layer in enumerate(means, start=1)]

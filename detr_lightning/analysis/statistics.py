@@ -1,0 +1,180 @@
+"""Statistics of objects that respect their images: intervals, probes, and precision of neighbours.
+
+Objects in one image share its light and its clutter. So whole images are drawn, whole images are held out, and an
+object's neighbours are looked for in other images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from detr_lightning.analysis.vectors import embeddings_of, unit
+from detr_lightning.errors import MissingPackageError, SettingError
+
+try:
+    import pandas as pd
+except ImportError as missing:
+    raise MissingPackageError("Statistics need pandas: pip install 'detr-lightning[analysis]'.") from missing
+
+_CELLS = 10_000_000
+"""How many numbers a block of draws or of similarities holds at most."""
+
+
+class GroupMeans(NamedTuple):
+    """The mean of a column in each group, with what other samples of images would give."""
+
+    summary: pd.DataFrame
+    """For each group `objects`, `images`, `mean`, and the interval `low` to `high`; no interval (NaN) for a group that
+    lies in a single image, since nothing is known of how images differ."""
+    draws: pd.DataFrame
+    """`[draws, groups]`: the mean in each draw of images. The draws are the same for all groups."""
+    level: float
+
+    def difference(self, one: Any, other: Any) -> tuple[float, float, float]:
+        """Return how much larger the mean of one group is, and the interval of this difference.
+
+        Two intervals that overlap may still differ: the interval of the difference is narrower than they suggest.
+        """
+        gap = self.draws[one] - self.draws[other]
+        low, high = _interval(gap, self.level)
+        if self.summary.loc[[one, other], "images"].min() < 2:
+            low = high = np.nan
+        return float(self.summary["mean"][one] - self.summary["mean"][other]), float(low), float(high)
+
+
+def by_group(
+    table: pd.DataFrame, group: str, column: str, draws: int = 2000, level: float = 0.95, seed: int = 0
+) -> GroupMeans:
+    """Return each group's mean of a column, with a bootstrap interval over whole images.
+
+    Args:
+        table: Rows with `image_id`, `group` and `column`, such as those of `match`. Rows without a group are left out.
+        group: The column that says to which group a row belongs.
+        column: The column to average, such as `found`.
+        draws: How many samples of images are drawn, with replacement.
+        level: How much of the draws an interval holds.
+        seed: Of the draws.
+
+    Raises:
+        SettingError: The table lacks a column, or a setting is out of range.
+    """
+    if absent := [name for name in ("image_id", group, column) if name not in table]:
+        raise SettingError(f"the table has no column {absent[0]!r}, only {', '.join(map(str, table))}.")
+    if not 0 < level < 1 or draws < 1:
+        raise SettingError(f"level is {level} and draws {draws}; a level lies between 0 and 1, draws are 1 or more.")
+    values = table[["image_id", group]].assign(value=table[column].astype(float)).dropna()
+    cells = values.groupby(["image_id", group], observed=True)["value"].agg(["sum", "size"]).unstack(fill_value=0)
+    if cells.empty:
+        summary = pd.DataFrame({"objects": [], "images": [], "mean": [], "low": [], "high": []})
+        return GroupMeans(summary, pd.DataFrame(index=range(draws)), level)
+    images = len(cells)
+    random = np.random.default_rng(seed)
+    block = max(_CELLS // images, 1)
+    parts = []
+    for start in range(0, draws, block):
+        times = random.multinomial(images, np.full(images, 1 / images), min(block, draws - start))  # [draws, images]
+        sizes = times @ cells["size"].to_numpy(float)
+        parts.append(times @ cells["sum"].to_numpy(float) / np.where(sizes > 0, sizes, np.nan))
+    means = pd.DataFrame(np.concatenate(parts), columns=cells["size"].columns)
+    size, spread = cells["size"].sum(), (cells["size"] > 0).sum()
+    low, high = (bound.where(spread > 1) for bound in _interval(means, level))
+    summary = {"objects": size, "images": spread, "mean": cells["sum"].sum() / size, "low": low, "high": high}
+    return GroupMeans(pd.DataFrame(summary), means, level)
+
+
+def _interval(draws: Any, level: float) -> tuple[Any, Any]:
+    return draws.quantile((1 - level) / 2), draws.quantile((1 + level) / 2)
+
+
+def probe(
+    features: Mapping[str, np.ndarray],
+    labels: Sequence[Any] | pd.Series[Any],
+    image_ids: Sequence[int] | pd.Series[int],
+    folds: int = 5,
+    strength: float = 0.1,
+) -> pd.DataFrame:
+    """Return how well a linear classifier reads the labels off each kind of features, in images it has not seen.
+
+    Features are standardised and classified by logistic regression, cross-validated with whole images in each fold.
+
+    Args:
+        features: `[N, d]` by name, such as `box_features` returns them.
+        labels: `[N]`.
+        image_ids: `[N]`.
+        folds: How many parts the images are split into.
+        strength: The inverse of the regularisation, scikit-learn's `C`.
+
+    Returns:
+        The accuracy in each fold (rows) for each kind of features (columns).
+
+    Raises:
+        MissingPackageError: scikit-learn is not installed.
+        SettingError: There are fewer images than folds, fewer than two labels, or lengths differ.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import GroupKFold, cross_val_score
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise MissingPackageError("Probes need scikit-learn: pip install 'detr-lightning[analysis]'.") from error
+    names, groups = np.asarray(labels), np.asarray(image_ids)
+    images, kinds = len(np.unique(groups)), len(np.unique(names))
+    if folds < 2 or images < folds:
+        raise SettingError(f"{images} images cannot be split into {folds} folds. Take more images, or fewer folds.")
+    if kinds < 2:
+        raise SettingError(f"a probe tells labels apart, and there is {kinds}. Take more images, or a lower threshold.")
+    for name, matrix in features.items():
+        if len(matrix) != len(names) or len(groups) != len(names):
+            raise SettingError(f"{name} has {len(matrix)} rows, for {len(names)} labels and {len(groups)} image ids.")
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+    scores = {
+        name: cross_val_score(classifier, matrix, names, groups=groups, cv=GroupKFold(folds), error_score="raise")
+        for name, matrix in features.items()
+    }
+    return pd.DataFrame(scores)
+
+
+def precision_at_k(
+    table: pd.DataFrame, ks: Sequence[int] = (1, 5, 10), label: str = "category_id", other_images: bool = True
+) -> pd.DataFrame:
+    """Return, for each object, the share of its nearest neighbours by cosine that have its label.
+
+    Args:
+        table: Rows with `embedding`, `image_id` and the label.
+        ks: How many neighbours. Where a table has fewer, those that there are count.
+        label: The column to compare.
+        other_images: Leave out neighbours from the object's own image, which would be too easy.
+
+    Returns:
+        A column `precision at k` for each `k`, with the table's index; NaN for an object without any neighbour.
+
+    Raises:
+        SettingError: The table has no embeddings, or a `k` is below 1.
+    """
+    if not ks or min(ks) < 1:
+        raise SettingError(f"ks is {list(ks)}; name how many neighbours count, such as 1, 5, 10.")
+    columns = [f"precision at {k}" for k in ks]
+    if table.empty:
+        return pd.DataFrame({name: pd.Series(dtype=float) for name in columns})
+    vectors = torch.from_numpy(unit(embeddings_of(table)))
+    image_ids = torch.tensor(table["image_id"].to_numpy(np.int64))
+    labels = torch.from_numpy(pd.factorize(table[label])[0])
+    most = min(max(ks), len(table))
+    shares = []
+    for rows in torch.arange(len(table)).split(max(_CELLS // len(table), 1)):
+        similarity = vectors[rows] @ vectors.T
+        similarity[torch.arange(len(rows)), rows] = -torch.inf
+        if other_images:
+            similarity[image_ids[rows, None] == image_ids] = -torch.inf
+        best, nearest = similarity.topk(most)  # [rows, most]
+        there = best.isfinite()
+        hits = ((labels[nearest] == labels[rows, None]) & there).cumsum(1)
+        known = there.cumsum(1)
+        places = torch.tensor([min(k, most) - 1 for k in ks])
+        shares.append(hits[:, places] / known[:, places])
+    return pd.DataFrame(torch.cat(shares).double().numpy(), columns=columns, index=table.index)
