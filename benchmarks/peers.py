@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detr_lightning.format.preprocessing import resized_size
-from detr_lightning.model.detr import MEAN, STD
+from detr_lightning.format.preprocessing import IMAGENET_MEAN, IMAGENET_STD, resized_size
 
 
 class Peer:
@@ -131,7 +130,7 @@ class Images(Dataset[tuple[str, Tensor]]):
         image = Image.open(self.paths[index]).convert("RGB")
         height, width = resized_size((image.height, image.width))
         resized = image.resize((width, height), Image.Resampling.BILINEAR)
-        return f"{self.paths[index].stem}.pt", F.normalize(F.to_tensor(resized), MEAN, STD)
+        return f"{self.paths[index].stem}.pt", F.normalize(F.to_tensor(resized), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def pad(items: list[tuple[str, Tensor]]) -> tuple[list[str], Tensor, Tensor]:

@@ -23,7 +23,7 @@ class DETRExtractor(LightningModule):
     folded into the convolutions, and the precision that the Trainer asks for. `detr` stays as it was loaded.
 
     Args:
-        weights: An official name such as `detr_resnet50`, a `.pth` file in the official layout, a Hugging Face DETR
+        weights: An official name such as `detr_resnet50`, a `.pth` or `.ckpt` file with a DETR, a Hugging Face DETR
             folder or hub id, or `random` (DETR-R50, seeded).
         extract_type: Which tensors to keep: `all`, `decoder`, `encoder` or `backbone`.
         keys: Exactly these tensors instead, such as `[query_embeddings, pred_boxes]`. There are `backbone_features`,
@@ -31,11 +31,13 @@ class DETRExtractor(LightningModule):
             `cross_attention` and `encoder_layers`.
         nheads: Attention heads, where the checkpoint does not tell.
         dilation: Whether the last stage is dilated (DC5), where the checkpoint does not tell.
+        ema: Take the averaged (EMA) weights of a file that also holds others.
         compile: Run the network through `torch.compile`.
         tf32: Let float32 matrix products and convolutions on a GPU round their inputs to TensorFloat-32.
 
     Raises:
-        ValueError: An unknown extract type or key, or weights that are no DETR's.
+        SettingError: An unknown extract type or key.
+        InputError: Weights that are no DETR's.
         FileNotFoundError: There are no such weights.
     """
 
@@ -46,13 +48,14 @@ class DETRExtractor(LightningModule):
         keys: list[str] | None = None,
         nheads: int | None = None,
         dilation: bool | None = None,
+        ema: bool | None = None,
         compile: bool = False,
         tf32: bool = False,
     ) -> None:
         super().__init__()
         self.keys = resolve_keys(extract_type, keys)
         self.save_hyperparameters()
-        self.checkpoint = load(weights, nheads, dilation)
+        self.checkpoint = load(weights, nheads, dilation, ema)
         self.network: DETR | None = None
         self.results: list[dict[str, Any]] = []
         self.metrics: dict[str, float] = {}
@@ -64,11 +67,14 @@ class DETRExtractor(LightningModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Build the network that runs, before Lightning moves it to its device and precision."""
+        self._build(None)
+
+    def _build(self, dtype: torch.dtype | None) -> None:
         keep_freed_memory()
         high = self.hparams["tf32"]
         torch.set_float32_matmul_precision("high" if high else "highest")
         torch.backends.cudnn.allow_tf32 = high
-        self.network = fold(self.detr)
+        self.network = fold(self.detr, dtype).to(self.device)
         if self.hparams["compile"]:
             self.network.compile()
 
@@ -80,8 +86,9 @@ class DETRExtractor(LightningModule):
         On a CPU the images of a batch go through the network one by one: its caches hold one image's features, memory
         does not grow with the batch, and not a bit of a result depends on which images share it.
         """
-        if self.network is None:
-            self.setup()
+        if self.network is None:  # without a Trainer, after what `.cuda()` or `.double()` made of this module
+            assert isinstance(self.dtype, torch.dtype)
+            self._build(self.dtype)
         assert self.network is not None
         keys = keys or self.keys
         if pixels.device.type != "cpu" or len(pixels) == 1:

@@ -13,7 +13,6 @@ from detr_lightning import __version__
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.schema import ModelRecord, RunRecord, RunSettings
-from detr_lightning.model.detr import MEAN, STD
 
 PACKAGES = ("lightning", "torch", "torchvision", "pillow")
 """Whose versions are told: what numbers may depend on."""
@@ -33,12 +32,18 @@ def provenance(trainer: Trainer, model: DETRExtractor, data: COCODataModule, wri
         model=ModelRecord(
             weights=checkpoint.name,
             sha256=checkpoint.sha256,
-            architecture=vars(model.detr.architecture),
-            category_ids=range(model.detr.architecture.num_logits - 1),
+            architecture=model.detr.architecture.to_json(),
+            family=checkpoint.family,
+            scoring=checkpoint.scoring,
+            category_ids=checkpoint.category_ids,
         ),
         keys=model.keys,
         dtype=writer["dtype"],
-        preprocessing={**data.preprocessing, "mean": MEAN, "std": STD},
+        preprocessing={
+            **data.preprocessing,
+            "mean": checkpoint.preprocessing.mean,
+            "std": checkpoint.preprocessing.std,
+        },
         batching=data.batching,
         precision=str(trainer.precision) + (", TF32" if model.hparams["tf32"] else ""),
     )

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_lightning.errors import InputError, check_choice
+from detr_lightning.errors import InputError, SettingError, check_choice, count
 from detr_lightning.format.preprocessing import Preprocessing
 from detr_lightning.model.detr import hugging_face
 from detr_lightning.model.detr.detr import DETR, Architecture
 from detr_lightning.model.detr.official import OFFICIAL, fetch
 from detr_lightning.model.labels import coco_ids
+from detr_lightning.model.state_dicts import find_detr, taken_for
 from detr_lightning.model.weight_files import read_pickled, sha256_of
 
 __all__ = ["OFFICIAL", "RANDOM", "Checkpoint", "load"]
@@ -44,11 +45,13 @@ class Checkpoint:
     Attributes:
         model: Ready for inference, in float32 on the CPU.
         name: The official name, the hub id, `random`, or the name of the local file or folder.
-        sha256: Of the file; of several files, as if they were one; of the tensors if they are random.
+        sha256: Of the file; of several files, as if they were one; of the tensors if they are random. With averaged
+            weights that were chosen over others, of the file's sha256 and the word `ema`.
         notes: What was decided that tensors do not tell, for the user to read.
         preprocessing: How images become the model's input.
         category_names: The name of a category by logit index; None where the checkpoint has no names.
-        category_ids: The COCO category id of each logit but "no object"; None where the labels are not COCO's.
+        category_ids: The COCO category id of each logit but "no object"; None where the names are not COCO's. Without
+            names they are the indices, as in the official code.
         scoring: `softmax`, where the last logit is "no object", or `sigmoid`, where every logit is a category.
         family: The model's type, as transformers names it.
     """
@@ -64,23 +67,25 @@ class Checkpoint:
     family: str = "detr"
 
 
-def load(weights: str, nheads: int | None = None, dilation: bool | None = None) -> Checkpoint:
+def load(weights: str, nheads: int | None = None, dilation: bool | None = None, ema: bool | None = None) -> Checkpoint:
     """Find weights, read the architecture off them, and build the model.
 
     Args:
-        weights: An official name, a file in the official layout, a Hugging Face DETR folder or hub id
-            (`organisation/name`, with `@revision` if need be), or `random` (always the same).
-        nheads: The number of attention heads; null takes what is known of the weights, else 8.
-        dilation: Whether the last stage is dilated (DC5); null takes what is known of the weights, else false.
+        weights: An official name, a file in the official layout or with Hugging Face's names, a Hugging Face DETR
+            folder or hub id (`organisation/name`, with `@revision` if need be), or `random` (always the same).
+        nheads: The number of attention heads; None takes what is known of the weights, else 8.
+        dilation: Whether the last stage is dilated (DC5); None takes what is known of the weights, else false.
+        ema: Whether to take a file's averaged (EMA) weights; None takes them where the file has no others.
 
     Raises:
         FileNotFoundError: There is no such file, or the folder lacks one.
         ConnectionError: Weights could not be downloaded.
-        ValueError: An unknown name, a file that is no DETR or does not fit one, or a setting that contradicts it.
+        InputError: A file that is no DETR or does not fit one.
+        SettingError: An unknown name, or a setting that contradicts the weights.
     """
     if weights == RANDOM:
         return _random(nheads, dilation)
-    source = _find(weights)
+    source = _find(weights, ema)
     architecture = _sizes(source)
     heads, heads_from = _settle(source, "nheads", nheads, architecture.nheads)
     dilated, dilated_from = _settle(source, "dilation", dilation, False)
@@ -88,13 +93,16 @@ def load(weights: str, nheads: int | None = None, dilation: bool | None = None) 
     notes = f"{architecture.name}: {heads} heads ({heads_from}), {'' if dilated else 'not '}dilated ({dilated_from})"
     # Copied, for a file may be mapped, and may be replaced while the model is in use.
     tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in source.tensors.items()}
+    model = _fill(source.name, architecture, tensors)
+    model.mean, model.std = source.preprocessing.mean, source.preprocessing.std
     return Checkpoint(
-        _fill(source.name, architecture, tensors),
+        model,
         source.name,
         source.sha256,
-        notes,
-        category_names=source.names,
-        category_ids=coco_ids(source.names, architecture.num_logits - 1),
+        ", ".join([notes, *source.remarks]),
+        source.preprocessing,
+        source.names,
+        coco_ids(source.names, architecture.num_logits - 1),
     )
 
 
@@ -105,28 +113,19 @@ class _Source:
     name: str
     sha256: str
     tensors: dict[str, Tensor]
-    known: dict[str, Any]
-    known_from: str
+    known: dict[str, Any] = field(default_factory=dict)
+    known_from: str = ""
     names: dict[int, str] | None = None
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    remarks: tuple[str, ...] = ()
 
 
-def _find(weights: str) -> _Source:
-    if weights in OFFICIAL:
-        path, sha256 = fetch(OFFICIAL[weights])
-        official = OFFICIAL[weights]
-        return _Source(weights, sha256, _read_file(path)[0], official.known, "official", official.category_names)
-
+def _find(weights: str, ema: bool | None) -> _Source:
     path = Path(weights).expanduser()
-    if path.is_file():
-        sha256 = sha256_of([path])
-        tensors, args = _read_file(path)
-        for official in OFFICIAL.values():
-            if sha256.startswith(official.sha256_prefix):
-                return _Source(
-                    path.name, sha256, tensors, official.known, "known by its sha256", official.category_names
-                )
-        return _Source(path.name, sha256, tensors, args, "from its args")
-
+    if weights in OFFICIAL or path.is_file():
+        return _from_file(weights, path, ema)
+    if ema is not None:
+        raise SettingError("model.ema belongs to a file of weights, not to a folder or hub id. Leave it out.")
     name = path.resolve().name
     if not weights or not path.is_dir():
         if path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt") or re.match(r"[/~.]", weights):
@@ -136,65 +135,84 @@ def _find(weights: str) -> _Source:
                 "model.weights", weights, [*OFFICIAL, RANDOM, "a .pth file", "a Hugging Face folder or hub id"]
             )
         path, name = hugging_face.from_hub(weights), weights
-    tensors, known, names, files = hugging_face.read_folder(path)
-    return _Source(name, sha256_of(files), tensors, known, "from its config.json", names)
+    folder = hugging_face.read_folder(path)
+    return _Source(
+        name,
+        sha256_of(folder.files),
+        folder.tensors,
+        folder.known,
+        "from its config.json",
+        folder.names,
+        folder.preprocessing,
+    )
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the DETR part of a file in the official layout, and what its `args` tell."""
+def _from_file(weights: str, path: Path, ema: bool | None) -> _Source:
+    """Read a file that is there, or a published one."""
+    official = OFFICIAL.get(weights)
+    known_from = "official"
+    if official:
+        name = weights
+        path, sha256 = fetch(official)
+    else:
+        name, sha256 = path.name, sha256_of([path])
+        official = next((o for o in OFFICIAL.values() if sha256.startswith(o.sha256_prefix)), None)
+        known_from = "known by its sha256" if official else "from its args"
+    tensors, known, remark = _read_file(path, ema)
+    if ema:
+        sha256 = hashlib.sha256(f"{sha256} ema".encode()).hexdigest()  # the file's other weights are another model
+    return _Source(
+        name,
+        sha256,
+        tensors,
+        official.known if official else known,
+        known_from,
+        official.category_names if official else None,
+        remarks=(remark,) if remark else (),
+    )
+
+
+def _read_file(path: Path, averaged: bool | None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Return a file's DETR under its official names, what the file tells of it, and a remark on averaged weights."""
     if path.suffix == ".safetensors":
-        raise InputError(
-            f"{path} says nothing of its model. Give its folder, with the config.json, instead of the file."
-        )
+        raise InputError(f"{path} does not describe its model. Give its folder, with the config.json, instead.")
     content = read_pickled(path)
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path} holds a {type(content).__name__}. Expected {{'model': state_dict}} or a state_dict.")
-    args = content.get("args")
-    state = content.get("model", content)
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}
-    if not tensors:
-        found = ", ".join(map(repr, list(content)[:6])) or "nothing"
-        raise InputError(f"{path} holds no tensors, but {found}. Expected {{'model': state_dict}} or a state_dict.")
-    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    if any(name.startswith("detr.") for name in tensors):  # with a mask head, which embeddings do not need
-        tensors = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("detr.")}
-    known = vars(args) if isinstance(args, Namespace) else args if isinstance(args, dict) else {}
-    return tensors, {key: known[key] for key in ("nheads", "dilation") if key in known}
+    tensors, remark = find_detr(str(path), content, averaged)
+    known: dict[str, Any] = {}
+    for key in ("hyper_parameters", "args"):
+        told = content.get(key)
+        known |= vars(told) if isinstance(told, Namespace) else told if isinstance(told, dict) else {}
+    told_types = {"nheads": int, "dilation": bool}
+    return tensors, {key: known[key] for key, kind in told_types.items() if isinstance(known.get(key), kind)}, remark
 
 
 def _sizes(source: _Source) -> Architecture:
     """Read the sizes of a model off its tensors."""
     name, tensors = source.name, source.tensors
-    for sign, kind in {
-        "transformer.level_embed": "a Deformable DETR",
-        ENCODER + "0.self_attn.sampling_offsets.weight": "a Deformable DETR",
-        DECODER + "0.ca_qcontent_proj.weight": "a Conditional DETR or one of its kin",
-        "transformer.encoder.norm.weight": "a pre-norm DETR (normalize_before)",
-        "backbone.1.row_embed.weight": "a DETR with learned positions",
-    }.items():
-        if sign in tensors:
-            raise InputError(
-                f"{name} is {kind}: it holds {sign}. Only DETR as published, post-norm with sines, is read."
-            )
 
     def shape(key: str, dims: int) -> torch.Size:
         if key not in tensors or tensors[key].dim() != dims:
-            raise InputError(f"{name} is no DETR: {key} is {'misshaped' if key in tensors else 'missing'}.")
+            kind = taken_for(tensors)
+            looks = f" It was taken for {kind}." if kind else ""
+            raise InputError(f"{name} is no DETR: {key} is {'misshaped' if key in tensors else 'missing'}.{looks}")
         return tensors[key].shape
 
-    def count(prefix: str) -> int:
+    def layers(prefix: str) -> int:
         return len({key[len(prefix) :].partition(".")[0] for key in tensors if key.startswith(prefix)})
 
     queries, hidden_dim = shape("query_embed.weight", 2)
+    learned = "backbone.1.row_embed.weight" in tensors
     return Architecture(
         block="bottleneck" if BODY + "layer1.0.conv3.weight" in tensors else "basic",
-        blocks=tuple(count(f"{BODY}layer{stage}.") for stage in (1, 2, 3, 4)),
+        blocks=tuple(layers(f"{BODY}layer{stage}.") for stage in (1, 2, 3, 4)),
         hidden_dim=hidden_dim,
-        encoder_layers=count(ENCODER),
-        decoder_layers=count(DECODER),
+        encoder_layers=layers(ENCODER),
+        decoder_layers=layers(DECODER),
         feedforward_dim=shape(ENCODER + "0.linear1.weight", 2)[0],
         num_queries=queries,
         num_logits=shape("class_embed.weight", 2)[0],
+        pre_norm="transformer.encoder.norm.weight" in tensors,
+        learned_positions=shape("backbone.1.row_embed.weight", 2)[0] if learned else 0,
     )
 
 
@@ -242,6 +260,11 @@ def _fill(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) 
     if wrong:
         more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise InputError(f"{name} does not fit a {architecture.name}: {'; '.join(wrong[:4])}{more}.")
+    if broken := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise InputError(
+            f"{name} has values that are not finite, in {broken[0]} and {count(len(broken) - 1, 'other tensor')}: "
+            "its training diverged, or the file is damaged. Take an earlier checkpoint."
+        )
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -268,4 +291,7 @@ def _random(nheads: int | None, dilation: bool | None) -> Checkpoint:
             tensors[key] = torch.full(shape, float(key.endswith(("weight", "running_var"))), device="cpu")
         digest.update(tensors[key].numpy().data)
     notes = f"{architecture.name}: random weights (seed {SEED}), {heads} heads"
-    return Checkpoint(_fill(RANDOM, architecture, tensors), RANDOM, digest.hexdigest(), notes)
+    model = _fill(RANDOM, architecture, tensors)
+    return Checkpoint(
+        model, RANDOM, digest.hexdigest(), notes, category_ids=coco_ids(None, architecture.num_logits - 1)
+    )

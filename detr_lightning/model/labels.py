@@ -55,13 +55,11 @@ def coco_ids(names: Mapping[int, str] | None, num_categories: int) -> tuple[int,
         num_categories: The number of logits, "no object" left out.
 
     Returns:
-        With COCO's names at their ids the indices themselves; with its 80 names in order from 0 the ids in order; else
-        None.
+        Without names, or with COCO's at their ids, the indices themselves; with its 80 names in order from 0 the ids in
+        order; else None.
     """
     coco = coco_names()
-    if not names:
-        return None
-    if all(_same(name, (coco | STUFF).get(number, "")) for number, name in names.items()):
+    if not names or all(_same(name, (coco | STUFF).get(number, "")) for number, name in names.items()):
         return tuple(range(num_categories))
     contiguous = dict(enumerate(coco.values()))
     if num_categories == len(coco) and all(_same(name, contiguous.get(i, "")) for i, name in names.items()):

@@ -25,16 +25,51 @@ def sha256_of(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+class _Inert(dict[Any, Any]):
+    """Takes the place of what training scripts save beside weights, and does nothing."""
+
+    def __new__(cls, *_args: Any) -> _Inert:
+        return dict.__new__(cls)
+
+    def __init__(self, *_args: Any) -> None:
+        pass
+
+    def __setstate__(self, _state: Any) -> None:
+        pass
+
+
+BESIDE_WEIGHTS = (
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+    "pathlib.WindowsPath",
+    "pathlib.PureWindowsPath",
+    "pathlib._local.PosixPath",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+)
+"""Classes of metrics, paths and settings in checkpoints; nothing of them runs, `_Inert` takes their place."""
+
+_STAND_INS = [
+    type(name.rpartition(".")[2], (_Inert,), {"__module__": name.rpartition(".")[0]}) for name in BESIDE_WEIGHTS
+]
+
+
 def read_pickled(path: Path) -> Any:
     """Read what `torch.save` wrote, in its present or its old format, tensors mapped from the file where possible.
 
-    Nothing but tensors, plain containers and `argparse.Namespace` is accepted.
+    Nothing but tensors, plain containers and `argparse.Namespace` is accepted; `BESIDE_WEIGHTS` are left out.
 
     Raises:
-        ValueError: The file is none of torch's, is cut off, or asks for anything else while it is read.
+        InputError: The file is none of torch's, is cut off, or asks for anything else while it is read.
     """
+    if kind := _other_format(path):
+        raise InputError(f"{path} is {kind}. Expected what torch.save wrote: {{'model': state_dict}} or a state_dict.")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_STAND_INS]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
@@ -49,6 +84,19 @@ def read_pickled(path: Path) -> Any:
             f"{path} is no whole file of weights: torch cannot read it. Expected what torch.save wrote: "
             "{'model': state_dict} or a state_dict. Was it cut off while it was copied?"
         ) from error
+
+
+def _other_format(path: Path) -> str | None:
+    """Return what a file is that torch.load would not read, or None."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"\x08") and b"pytorch" in start:
+        return "an ONNX model"
+    if start.startswith(b"PK") and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return "a TorchScript program"
+    return None
 
 
 def first_line(error: BaseException) -> str:

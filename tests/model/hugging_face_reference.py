@@ -30,6 +30,8 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "r101": {"backbone": "resnet101", **TINY},
     "r50-no-timm": {"body": BOTTLENECK, **TINY},
     "small-no-timm": {"body": BASIC, **TINY},
+    "learned": {"body": BASIC, **TINY, "position_embedding_type": "learned"},
+    "pre-norm": {"kind": "TableTransformer", "body": BASIC, **TINY},
 }
 
 
@@ -37,7 +39,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
 GAINS = {"q_proj": 4, "k_proj": 4, "encoder_attn.o": 3, "self_attn.o": 0.3}
 
 
-def hugging_face_detr(body: dict[str, Any] | None = None, **settings: Any) -> Any:
+def hugging_face_detr(body: dict[str, Any] | None = None, kind: str = "Detr", **settings: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     if body:
@@ -46,8 +48,8 @@ def hugging_face_detr(body: dict[str, Any] | None = None, **settings: Any) -> An
     else:
         pytest.importorskip("timm")
         settings |= {"use_timm_backbone": True, "use_pretrained_backbone": False}
-    config = transformers.DetrConfig(**settings, attn_implementation="eager")
-    return transformers.DetrForObjectDetection(config).eval().requires_grad_(False)
+    config = getattr(transformers, f"{kind}Config")(**settings, attn_implementation="eager")
+    return getattr(transformers, f"{kind}ForObjectDetection")(config).eval().requires_grad_(False)
 
 
 def scrambled(model: Any) -> Any:
@@ -83,12 +85,16 @@ def reference_outputs(model: Any, images: Tensor, padding_mask: Tensor | None = 
     ]
     visible = torch.ones(images.shape[0], *images.shape[2:]) if padding_mask is None else ~padding_mask
     with torch.no_grad():
-        out = model(pixel_values=images, pixel_mask=visible.long())
+        out = model(pixel_values=images, pixel_mask=visible.long(), output_attentions=True)
     for hook in hooks:
         hook.remove()
     encoder, decoder = ([o[0] if isinstance(o, tuple) else o for o in seen[kind]] for kind in ("encoder", "decoder"))
+    encoder = [getattr(model.model.encoder, "layernorm", torch.nn.Identity())(x) for x in encoder]
+    backbone = seen["backbone"][0]
+    if model.config.model_type == "table-transformer":  # beside its features it returns positions
+        backbone = backbone[0]
     return {
-        "backbone_features": seen["backbone"][0][-1][0],
+        "backbone_features": backbone[-1][0],
         "encoder_output": out.encoder_last_hidden_state,
         "encoder_layers": torch.stack(encoder, dim=1),
         "decoder_output": torch.stack([model.model.decoder.layernorm(x) for x in decoder], dim=1),

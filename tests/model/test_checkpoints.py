@@ -3,17 +3,22 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import shutil
 import sys
+import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
+from detr_lightning.format.preprocessing import Preprocessing
 from detr_lightning.model import checkpoints
 from detr_lightning.model.detr import DETR, Architecture
 from detr_lightning.model.detr.official import OFFICIAL, Official
@@ -85,11 +90,18 @@ class TestOfficialLayout:
         assert not checkpoint.model.training
         assert not any(parameter.requires_grad for parameter in checkpoint.model.parameters())
 
-    @pytest.mark.parametrize("architecture", [Architecture(), Architecture(blocks=(3, 4, 23, 3), num_logits=251)])
+    @pytest.mark.parametrize(
+        "architecture",
+        [
+            Architecture(),
+            Architecture(blocks=(3, 4, 23, 3), num_logits=251),
+            Architecture(pre_norm=True, learned_positions=50),
+        ],
+    )
     def test_sizes_are_read_off_the_tensors(self, architecture: Architecture) -> None:
         with torch.device("meta"):
             tensors = DETR(architecture).state_dict()
-        source = checkpoints._Source("x", "", tensors, {}, "")
+        source = checkpoints._Source("x", "", tensors)
         assert checkpoints._sizes(source) == architecture
 
     def test_the_model_outlives_its_file(self, state: State, save: Callable[..., str]) -> None:
@@ -97,6 +109,114 @@ class TestOfficialLayout:
         model = checkpoints.load(path).model
         Path(path).write_bytes(b"")
         assert torch.equal(model.state_dict()["query_embed.weight"], state["query_embed.weight"])
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def halved(state: State) -> State:
+    return {name: tensor * 0.5 for name, tensor in state.items()}
+
+
+class TestContainers:
+    """What wraps the model's tensors in the checkpoints of other people's training."""
+
+    @pytest.mark.parametrize("key", [None, "model", "state_dict", "model_state_dict"])
+    @pytest.mark.parametrize(
+        "prefix", ["", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.detr."]
+    )
+    def test_containers_and_prefixes(
+        self, state: State, save: Callable[..., str], key: str | None, prefix: str
+    ) -> None:
+        content = prefixed(state, prefix)
+        assert_same(checkpoints.load(save({key: content, "epoch": 3} if key else content)), state)
+
+    def test_a_compiled_part(self, state: State, save: Callable[..., str]) -> None:
+        compiled = {name.replace("transformer.", "transformer._orig_mod."): tensor for name, tensor in state.items()}
+        assert_same(checkpoints.load(save({"model": compiled})), state)
+
+    def test_a_lightning_checkpoint(self, state: State, save: Callable[..., str]) -> None:
+        rest = {"epoch": 1, "global_step": 2, "pytorch-lightning_version": "2.1.0", "loops": {}, "callbacks": {}}
+        content = prefixed(state, "model.") | {"criterion.empty_weight": torch.ones(3)}
+        path = save({"state_dict": content, "hyper_parameters": {"nheads": 4, "lr": 1e-4}, **rest}, "last.ckpt")
+        checkpoint = checkpoints.load(path)
+        assert_same(checkpoint, state)
+        assert checkpoint.model.architecture.nheads == 4
+
+    @pytest.mark.parametrize("prefix", ["", "model.", "model._orig_mod."])
+    def test_hugging_face_names(self, reference: Any, save: Callable[..., str], prefix: str) -> None:
+        expected = checkpoints.load(str(reference("small-no-timm").folder)).model.state_dict()
+        content = prefixed(reference("small-no-timm").model.float().state_dict(), prefix)
+        assert_same(checkpoints.load(save({"state_dict": content}), nheads=4), expected)
+
+    @pytest.mark.parametrize(
+        "averages",
+        [
+            lambda state: {"ema": state},
+            lambda state: {"model_ema": prefixed(state, "module.")},
+            lambda state: {"ema": {"module": state, "updates": 3}},
+        ],
+    )
+    def test_averaged_weights(self, state: State, save: Callable[..., str], averages: Callable[[State], Any]) -> None:
+        alone = checkpoints.load(save(averages(state), "alone.pth"))
+        assert_same(alone, state)
+        assert re.search(r"EMA weights from '\w+', the only ones$", alone.notes)
+        path = save({"model": halved(state), **averages(state)})
+        without, chosen = checkpoints.load(path), checkpoints.load(path, ema=True)
+        assert_same(without, halved(state))
+        assert re.search(r"not the EMA weights in '\w+' \(model.ema=true\)$", without.notes)
+        assert_same(chosen, state)
+        assert re.search(r"EMA weights from '\w+'$", chosen.notes)
+        assert without.sha256 != chosen.sha256
+
+    def test_averaged_weights_within_a_state_dict(self, state: State, save: Callable[..., str]) -> None:
+        path = save({"state_dict": prefixed(halved(state), "model.") | prefixed(state, "ema_model.module.")})
+        assert_same(checkpoints.load(path), halved(state))
+        assert_same(checkpoints.load(path, ema=True), state)
+
+    def test_averaged_weights_that_are_not_there(self, state: State, save: Callable[..., str]) -> None:
+        with pytest.raises(ValueError, match=r"holds no averaged \(EMA\) weights. Leave model.ema out"):
+            checkpoints.load(save({"model": state}), ema=True)
+        with pytest.raises(ValueError, match=r"holds only averaged"):
+            checkpoints.load(save({"ema": state}), ema=False)
+
+    def test_what_lies_beside_the_weights(self, state: State, save: Callable[..., str]) -> None:
+        beside = {"best": np.float64(0.4), "args": Namespace(nheads=4, mean=np.float32(0.5), output_dir=Path("out"))}
+        checkpoint = checkpoints.load(save({"model": state, **beside}))
+        assert_same(checkpoint, state)
+        assert checkpoint.model.architecture.nheads == 4
+
+    @pytest.mark.parametrize(
+        ("names", "kind"),
+        [
+            (["bbox_head.fc_cls.weight", "backbone.conv1.weight"], "a model of MMDetection"),
+            (["linear_class.weight", "row_embed"], "the small DETR of the paper's notebook"),
+            (["model.0.conv.weight"], "a YOLO of Ultralytics"),
+            (["decoder.enc_score_head.weight"], "an RT-DETR or a D-FINE"),
+            (["backbone.0.encoder.encoder.x", "refpoint_embed.weight"], "an RF-DETR or an LW-DETR"),
+            (["layer1.0.conv1.weight", "fc.weight"], "a backbone alone"),
+        ],
+    )
+    def test_other_models_are_named(self, save: Callable[..., str], names: list[str], kind: str) -> None:
+        with pytest.raises(ValueError, match=rf"detr.pth was taken for {kind}.*: it holds {re.escape(names[0])}"):
+            checkpoints.load(save({"model": dict.fromkeys(names, torch.ones(2, 2))}))
+
+    def test_other_formats_are_named(self, tmp_path: Path) -> None:
+        path = tmp_path / "detr.pth"
+        path.write_bytes(b"\x08\x07\x12\x07pytorch\x1a\x05" + bytes(300))
+        with pytest.raises(ValueError, match=r"detr.pth is an ONNX model"):
+            checkpoints.load(str(path))
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/constants.pkl", b"")
+        with pytest.raises(ValueError, match=r"detr.pth is a TorchScript program"):
+            checkpoints.load(str(path))
+
+
+def assert_same(checkpoint: checkpoints.Checkpoint, state: State) -> None:
+    loaded = checkpoint.model.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
 class TestWhatTensorsDoNotTell:
@@ -156,9 +276,13 @@ class TestRefused:
             ),
             ({"query_embed.weight": None}, r"no DETR: query_embed.weight is missing"),
             ({"class_embed.weight": torch.ones(3)}, r"no DETR: class_embed.weight is misshaped"),
-            ({"transformer.level_embed": torch.ones(4, 32)}, r"is a Deformable DETR"),
-            ({"transformer.encoder.norm.weight": torch.ones(32)}, r"is a pre-norm DETR"),
-            ({"backbone.1.row_embed.weight": torch.ones(50, 16)}, r"is a DETR with learned positions"),
+            ({"transformer.level_embed": torch.ones(4, 32)}, r"was taken for a Deformable DETR"),
+            ({"transformer.encoder.norm.weight": torch.ones(32)}, r"transformer.encoder.norm.bias is missing"),
+            ({"backbone.1.row_embed.weight": torch.ones(50, 16)}, r"backbone.1.col_embed.weight is missing"),
+            (
+                {"transformer.decoder.norm.bias": torch.full((32,), torch.nan)},
+                r"detr.pth has values that are not finite, in transformer.decoder.norm.bias",
+            ),
         ],
     )
     def test_tensors_that_do_not_fit(
@@ -289,6 +413,77 @@ class TestHuggingFace:
         assert checkpoint.model.architecture == Architecture("basic", (1, 2, 1, 1), 32, 4, 2, 3, 48, 9, 6)
         assert checkpoint.sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
+    def test_names_and_preprocessing(self, folder: Path) -> None:
+        plain = checkpoints.load(str(folder))
+        assert (plain.category_names, plain.category_ids, plain.preprocessing) == (
+            None,
+            (0, 1, 2, 3, 4),
+            Preprocessing(),
+        )
+        change(folder, id2label={"0": "cat", "1": "dog"})
+        (folder / "preprocessor_config.json").write_text(
+            json.dumps(
+                {
+                    "size": {"shortest_edge": 480, "longest_edge": 600},
+                    "image_mean": [0.5, 0.4, 0.3],
+                    "image_std": [0.2, 0.3, 0.5],
+                }
+            )
+        )
+        checkpoint = checkpoints.load(str(folder))
+        assert (checkpoint.category_names, checkpoint.category_ids) == ({0: "cat", 1: "dog"}, None)
+        assert checkpoint.preprocessing == Preprocessing(480, 600, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.5))
+        pixels = torch.randint(256, (1, 3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        mean, std = torch.tensor([0.5, 0.4, 0.3])[:, None, None], torch.tensor([0.2, 0.3, 0.5])[:, None, None]
+        with torch.inference_mode():
+            expected = plain.model((pixels / 255 - mean) / std)["pred_logits"]
+            torch.testing.assert_close(checkpoint.model(pixels)["pred_logits"], expected)
+            assert not torch.allclose(plain.model(pixels)["pred_logits"], expected, rtol=1e-3)
+
+    @pytest.mark.parametrize(
+        ("config", "expected"),
+        [
+            ({}, Preprocessing()),
+            ({"size": 480, "max_size": 600}, Preprocessing(480, 600)),
+            ({"size": {"shortest_edge": 480}}, Preprocessing(480, None)),
+            ({"size": {"height": 64, "width": 96}}, Preprocessing(None, None, 64, 96)),
+            ({"do_normalize": False}, Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))),
+            ({"size": {"max_height": 64, "max_width": 96}}, r"preprocessor_config.json: size is .*max_height"),
+            ({"size": {"shortest_edge": 0}}, r"must be at least 1"),
+            ({"size": "large"}, r"preprocessor_config.json: "),
+            ({"rescale_factor": 1}, r"rescale_factor is 1"),
+            ({"resample": 3}, r"resample is 3"),
+            ({"do_resize": False}, r"do_resize is False"),
+            ({"image_std": [0.5, 0.5]}, r"three of each"),
+            ([], r"preprocessor_config.json holds a list"),
+        ],
+    )
+    def test_preprocessor_configs(self, folder: Path, config: Any, expected: Preprocessing | str) -> None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(config))
+        if isinstance(expected, Preprocessing):
+            assert checkpoints.load(str(folder)).preprocessing == expected
+        else:
+            with pytest.raises(ValueError, match=expected):
+                checkpoints.load(str(folder))
+
+    def test_folders_that_are_something_else(self, folder: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"has no config.json.* Its subfolder my-detr has one"):
+            checkpoints.load(str(folder.parent))
+        (folder / "config.json").rename(folder / "adapter_config.json")
+        with pytest.raises(FileNotFoundError, match=r"It is an adapter \(LoRA\)"):
+            checkpoints.load(str(folder))
+
+    def test_a_shard_that_is_gone(self, folder: Path) -> None:
+        index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(FileNotFoundError, match=r"names model-00002-of-00002.safetensors, which is not there"):
+            checkpoints.load(str(folder))
+
+    def test_averaged_weights_are_no_choice_of_a_folder(self, folder: Path) -> None:
+        with pytest.raises(ValueError, match=r"model.ema belongs to a file"):
+            checkpoints.load(str(folder), ema=True)
+
     def test_other_ways_to_store_the_same(self, folder: Path, reference: Any) -> None:
         expected = checkpoints.load(str(folder)).model.state_dict()
 
@@ -305,6 +500,10 @@ class TestHuggingFace:
         )
         assert same()
         (folder / "pytorch_model.bin").unlink()
+        lightning = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+        safetensors.torch.save_file(lightning, folder / "model.safetensors")
+        assert same()
+        (folder / "model.safetensors").unlink()
         model.save_pretrained(folder, max_shard_size="5MB")
         assert len(list(folder.glob("model-*.safetensors"))) > 1
         assert same()
@@ -314,7 +513,7 @@ class TestHuggingFace:
         [
             ({"model_type": "conditional_detr"}, r"model_type is 'conditional_detr', and only 'detr' can be read"),
             ({"activation_function": "gelu"}, r"activation_function is 'gelu'"),
-            ({"position_embedding_type": "learned"}, r"position_embedding_type is 'learned'"),
+            ({"position_embedding_type": "rotary"}, r"position_embedding_type is 'rotary'"),
             ({"decoder_attention_heads": 8}, r"decoder_attention_heads is 8, and only 4"),
             ({"dilation": True}, r"dilation is True"),
             ({"backbone_config__hidden_act": "gelu"}, r"hidden_act is 'gelu'"),

@@ -53,4 +53,4 @@ def test_ids_of_coco() -> None:
     assert coco_ids(contiguous | {3: "motorbike", 4: "aeroplane"}, 80) == tuple(coco)
     assert coco_ids(contiguous | {0: "persons"}, 80) is None
     assert coco_ids({0: "table", 1: "table rotated"}, 2) is None
-    assert coco_ids(None, 91) is None
+    assert coco_ids(None, 7) == tuple(range(7))

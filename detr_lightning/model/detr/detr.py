@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_lightning.errors import SettingError
 from detr_lightning.format.keys import RESNET_CHANNELS, ModelShape
+from detr_lightning.format.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from detr_lightning.model.detr.backbone import Backbone
-from detr_lightning.model.detr.position_encoding import SinePositionEncoding
+from detr_lightning.model.detr.position_encoding import LearnedPositionEncoding, SinePositionEncoding
 from detr_lightning.model.detr.transformer import Transformer
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-"""ImageNet's colour statistics, for pixels in `[0, 1]`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,8 @@ class Architecture:
         num_queries: The number of object queries.
         num_logits: The number of class logits, "no object" included.
         dilation: Whether the last stage of the ResNet is dilated (DC5).
+        pre_norm: Whether norms stand before each sublayer instead of after it.
+        learned_positions: The rows and columns that learned positions reach; 0 for the fixed sines.
     """
 
     block: str = "bottleneck"
@@ -48,6 +48,13 @@ class Architecture:
     num_queries: int = 100
     num_logits: int = 92
     dilation: bool = False
+    pre_norm: bool = False
+    learned_positions: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the metadata records. Options that a model does not use are left out: older folders lack them."""
+        optional = {name for name in ("pre_norm", "learned_positions") if not getattr(self, name)}
+        return {name: value for name, value in vars(self).items() if name not in optional}
 
     @property
     def feature_channels(self) -> int:
@@ -66,9 +73,20 @@ class Architecture:
         return f"DETR-R{layers}" + "-DC5" * self.dilation
 
     def feature_size(self, input_size: tuple[int, int]) -> tuple[int, int]:
-        """Return height and width of the last feature map for an input of this height and width."""
+        """Return height and width of the last feature map for an input of this height and width.
+
+        Raises:
+            SettingError: The model's learned positions do not reach that far.
+        """
         stride = 16 if self.dilation else 32
-        return -(-input_size[0] // stride), -(-input_size[1] // stride)
+        height, width = -(-input_size[0] // stride), -(-input_size[1] // stride)
+        if self.learned_positions and max(height, width) > self.learned_positions:
+            raise SettingError(
+                f"The model's learned positions reach {self.learned_positions} rows and columns of features, and an "
+                f"image of {input_size[1]}x{input_size[0]} (width x height, resized) has {width}x{height}. "
+                f"Set data.long_side to {self.learned_positions * stride} or less."
+            )
+        return height, width
 
 
 class MLP(nn.Module):
@@ -85,14 +103,28 @@ class DETR(nn.Module):
 
     Args:
         architecture: The sizes.
+
+    Attributes:
+        mean: The colour statistics that uint8 pixels are normalised with, after division by 255.
+        std: Likewise.
     """
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     def __init__(self, architecture: Architecture | None = None) -> None:
         super().__init__()
         a = self.architecture = architecture or Architecture()
-        self.backbone = nn.Sequential(Backbone(a.block, a.blocks, a.dilation), SinePositionEncoding(a.hidden_dim))
+        positions = (
+            LearnedPositionEncoding(a.hidden_dim, a.learned_positions)
+            if a.learned_positions
+            else SinePositionEncoding(a.hidden_dim)
+        )
+        self.backbone = nn.Sequential(Backbone(a.block, a.blocks, a.dilation), positions)
         self.input_proj = nn.Conv2d(a.feature_channels, a.hidden_dim, kernel_size=1)
-        self.transformer = Transformer(a.hidden_dim, a.nheads, a.encoder_layers, a.decoder_layers, a.feedforward_dim)
+        self.transformer = Transformer(
+            a.hidden_dim, a.nheads, a.encoder_layers, a.decoder_layers, a.feedforward_dim, a.pre_norm
+        )
         self.query_embed = nn.Embedding(a.num_queries, a.hidden_dim)
         self.class_embed = nn.Linear(a.hidden_dim, a.num_logits)
         self.bbox_embed = MLP(a.hidden_dim, 4)
@@ -119,7 +151,7 @@ class DETR(nn.Module):
         """
         out: dict[str, Tensor] = {}
         backbone, position_encoding = self.backbone
-        images = normalise(pixels, padding_mask) if pixels.dtype == torch.uint8 else pixels
+        images = normalise(pixels, padding_mask, self.mean, self.std) if pixels.dtype == torch.uint8 else pixels
         features = backbone(images.to(self.input_proj.weight.dtype))
         if "backbone_features" in keys:
             out["backbone_features"] = features
@@ -170,14 +202,22 @@ class DETR(nn.Module):
             return logits, x.sigmoid()
 
 
-def normalise(pixels: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-    """Turn uint8 pixels into what DETR was trained on, in float32, bit for bit as torchvision's transforms would.
+def normalise(
+    pixels: Tensor,
+    padding_mask: Tensor | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Tensor:
+    """Turn uint8 pixels into what the model was trained on, in float32, bit for bit as torchvision's transforms would.
 
     Args:
         pixels: `[B, 3, h, w]`, uint8.
         padding_mask: `[B, h, w]`, True where the result must be zero.
+        mean: Of each channel, for pixels in `[0, 1]`.
+        std: Of each channel.
     """
-    mean = torch.tensor(MEAN, dtype=torch.float32, device=pixels.device)[:, None, None]
-    std = torch.tensor(STD, dtype=torch.float32, device=pixels.device)[:, None, None]
-    images = pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+    means, stds = (
+        torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None] for values in (mean, std)
+    )
+    images = pixels.to(torch.float32).div_(255).sub_(means).div_(stds)
     return images if padding_mask is None else images.masked_fill_(padding_mask[:, None], 0)

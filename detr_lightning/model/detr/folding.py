@@ -14,10 +14,14 @@ from detr_lightning.model.detr import onednn
 from detr_lightning.model.detr.detr import DETR
 
 
-def fold(model: DETR) -> DETR:
+def fold(model: DETR, dtype: torch.dtype | None = None) -> DETR:
     """Return a copy of a DETR for inference: the same results to rounding, in less time.
 
     The copy's backbone has another `state_dict`, so checkpoints are loaded before, not into it.
+
+    Args:
+        model: The model; it stays as it is.
+        dtype: Of the copy; by default the model's.
     """
     body = cast(nn.Sequential, model.backbone[0].body)
     model.backbone[0].body = nn.Identity()  # what is replaced is not copied
@@ -25,20 +29,20 @@ def fold(model: DETR) -> DETR:
         folded = copy.deepcopy(model)
     finally:
         model.backbone[0].body = body
-    folded.backbone[0].body = FoldedResNet(body)
+    folded.backbone[0].body = FoldedResNet(body, dtype or next(model.parameters()).dtype)
+    folded.to(dtype)
     return folded.eval().requires_grad_(False)
 
 
 class FoldedConv(nn.Module):
     """A convolution that has taken a frozen norm into its weights."""
 
-    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d, dtype: torch.dtype) -> None:
         super().__init__()
         # In float64, so that folding itself rounds once.
         scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
         weight = conv.weight.detach().double() * scale[:, None, None, None]
         bias = norm.bias.double() - norm.running_mean.double() * scale
-        dtype = conv.weight.dtype
         self.weight = nn.Parameter(weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.bias = nn.Parameter(bias.to(dtype))
         self.settings = conv.stride, conv.padding, conv.dilation
@@ -66,11 +70,15 @@ class FoldedConv(nn.Module):
 class FoldedBlock(nn.Module):
     """A residual block, basic or bottleneck."""
 
-    def __init__(self, block: BasicBlock | Bottleneck) -> None:
+    def __init__(self, block: BasicBlock | Bottleneck, dtype: torch.dtype) -> None:
         super().__init__()
         names = ("1", "2", "3") if isinstance(block, Bottleneck) else ("1", "2")
-        self.convs = nn.ModuleList(FoldedConv(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in names)
-        self.shortcut = None if block.downsample is None else FoldedConv(*block.downsample)
+        self.convs = nn.ModuleList(
+            FoldedConv(getattr(block, f"conv{n}"), getattr(block, f"bn{n}"), dtype) for n in names
+        )
+        self.shortcut = (
+            None if block.downsample is None else FoldedConv(block.downsample[0], block.downsample[1], dtype)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform `[B, C, H, W]`; `x` may be overwritten."""
@@ -84,13 +92,15 @@ class FoldedBlock(nn.Module):
 class FoldedResNet(nn.Module):
     """A ResNet body made of folded convolutions."""
 
-    def __init__(self, body: nn.Sequential) -> None:
+    def __init__(self, body: nn.Sequential, dtype: torch.dtype) -> None:
         super().__init__()
         layers = dict(body.named_children())
-        self.stem = FoldedConv(cast(nn.Conv2d, layers["conv1"]), cast(FrozenBatchNorm2d, layers["bn1"]))
+        self.stem = FoldedConv(cast(nn.Conv2d, layers["conv1"]), cast(FrozenBatchNorm2d, layers["bn1"]), dtype)
         self.maxpool = layers["maxpool"]
         stages = (cast(nn.Sequential, layers[f"layer{number}"]) for number in (1, 2, 3, 4))
-        self.blocks = nn.Sequential(*(FoldedBlock(cast(Bottleneck, block)) for stage in stages for block in stage))
+        self.blocks = nn.Sequential(
+            *(FoldedBlock(cast(Bottleneck, block), dtype) for stage in stages for block in stage)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features of the last stage, `[B, C, H, W]`, for images `[B, 3, h, w]`."""

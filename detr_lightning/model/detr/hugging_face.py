@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from detr_lightning.errors import InputError
+from detr_lightning.format.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from detr_lightning.model.labels import names_of_config
 from detr_lightning.model.weight_files import read_pickled
 
@@ -31,7 +33,7 @@ BODY_NAMES = (
 )
 NAMES = (
     (r"^(encoder|decoder)\.", r"transformer.\1."),
-    (r"decoder\.layernorm\.", "decoder.norm."),
+    (r"(encoder|decoder)\.layernorm\.", r"\1.norm."),
     (r"\.self_attn_layer_norm\.", ".norm1."),
     (r"\.encoder_attn_layer_norm\.", ".norm2."),
     (r"(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
@@ -40,6 +42,8 @@ NAMES = (
     (r"\.o_proj\.", ".out_proj."),
     (r"\.(mlp\.)?fc([12])\.", r".linear\2."),
     (r"^input_projection\.", "input_proj."),
+    (r"^position_embedding\.row_embeddings\.", "backbone.1.row_embed."),
+    (r"^position_embedding\.column_embeddings\.", "backbone.1.col_embed."),
     (r"^query_position_embeddings\.", "query_embed."),
     (r"^class_labels_classifier\.", "class_embed."),
     (r"^bbox_predictor\.", "bbox_embed."),
@@ -67,7 +71,7 @@ def from_hub(hub_id: str) -> Path:
     folder = Path()
     try:
         for weights in (["model*.safetensors", FILES[1]], ["pytorch_model*.bin", FILES[3]]):
-            patterns = ["config.json", *weights]
+            patterns = ["config.json", "preprocessor_config.json", *weights]
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
             if any((folder / file).is_file() for file in FILES):
                 break
@@ -79,32 +83,128 @@ def from_hub(hub_id: str) -> Path:
     return folder
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[int, str] | None, list[Path]]:
-    """Read a Hugging Face DETR folder.
+@dataclass(frozen=True)
+class Folder:
+    """A Hugging Face DETR folder.
 
-    Returns:
-        The tensors under their official names, what the config tells (`nheads`, `dilation`), the names of the
-        categories by logit index if it has them, and the files of weights.
+    Attributes:
+        tensors: Under their official names.
+        known: What the config tells: `nheads`, `dilation`.
+        names: The names of the categories by logit index, if the config has them.
+        preprocessing: What `preprocessor_config.json` asks for; the official preprocessing without that file.
+        files: The files of weights.
+    """
+
+    tensors: dict[str, Tensor]
+    known: dict[str, Any]
+    names: dict[int, str] | None
+    preprocessing: Preprocessing
+    files: list[Path]
+
+
+def read_folder(folder: Path) -> Folder:
+    """Read a Hugging Face DETR folder.
 
     Raises:
         FileNotFoundError: The folder holds no config or no weights.
-        ValueError: The config describes a model that is not DETR as published.
+        InputError: The config describes a model that is not DETR as published.
     """
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no config.json, so it is no Hugging Face model. Give a .pth file instead?"
-        )
+    config = read_config(folder)
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
         known, names = _facts(config), names_of_config(config)
     except (ValueError, AttributeError) as error:
-        raise InputError(f"{config_file}: {error}") from error
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
     files = _weight_files(folder)
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _read(file)
-    return to_official(tensors), known, names, files
+    return Folder(to_official(_below_prefix(tensors)), known, names, _preprocessing(folder), files)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's `config.json`.
+
+    Raises:
+        FileNotFoundError: There is none; what the folder seems to be is named.
+        InputError: It is no JSON object.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, so it is no Hugging Face model.{_hint(folder)}")
+    return _read_json(config_file)
+
+
+def _hint(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return " It is an adapter (LoRA) without its base model: merge the two and save the result."
+    if checkpoints := sorted(file.parent.name for file in folder.glob("*/config.json")):
+        return f" Its subfolder {checkpoints[-1]} has one: name that."
+    return " Give a .pth file instead?"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds a {type(content).__name__} and no JSON object.")
+    return content
+
+
+def _preprocessing(folder: Path) -> Preprocessing:
+    """Return the sides, mean and std that a folder asks for. The formula and the pixels stay the official ones."""
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        return Preprocessing()
+    config = _read_json(file)
+    try:
+        return _sides_and_colours(config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def _sides_and_colours(config: dict[str, Any]) -> Preprocessing:
+    _require(config, do_resize=True, do_rescale=True)
+    if abs(config.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
+        raise InputError(f"rescale_factor is {config['rescale_factor']}, and only 1/255 can be used.")
+    if config.get("resample", 2) != 2:
+        raise InputError(f"resample is {config['resample']}, and only 2 (bilinear) can be used.")
+    size = config.get("size", {"shortest_edge": 800, "longest_edge": 1333})
+    if isinstance(size, int):
+        size = {"shortest_edge": size, "longest_edge": config.get("max_size", 1333)}
+    sides: dict[str, Any]
+    if set(size) == {"height", "width"}:
+        sides = {"short_side": None, "long_side": None, "height": int(size["height"]), "width": int(size["width"])}
+    elif "shortest_edge" in size and set(size) <= {"shortest_edge", "longest_edge"}:
+        long_side = size.get("longest_edge") or config.get("max_size")
+        sides = {
+            "short_side": int(size["shortest_edge"]),
+            "long_side": None if long_side is None else int(long_side),
+        }
+    else:
+        raise InputError(f"size is {size}; a shortest_edge with a longest_edge, or height and width, can be used.")
+    if any(value is not None and value < 1 for value in sides.values()):
+        raise InputError(f"size is {size}, and its sides must be at least 1.")
+    if not config.get("do_normalize", True):
+        return Preprocessing(**sides, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    mean, std = (
+        tuple(float(value) for value in config.get(name, default))
+        for name, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
+    )
+    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+        raise InputError(
+            f"image_mean is {list(mean)} and image_std {list(std)}; three of each are needed, std above 0."
+        )
+    return Preprocessing(**sides, mean=mean, std=std)
+
+
+def _below_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors without what a LightningModule or `torch.compile` put before their names."""
+    mark = "query_position_embeddings.weight"
+    tensors = {re.sub(r"(^|(?<=\.))((_orig_mod|module)\.)+", "", name): tensor for name, tensor in tensors.items()}
+    prefix = next((name.removesuffix(mark).removesuffix("model.") for name in tensors if name.endswith(mark)), "")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -125,6 +225,7 @@ def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _official_name(name: str) -> str:
     name = re.sub(r"^(detr\.)?(model\.)?", "", name)
+    name = name.replace("backbone.position_embedding.", "position_embedding.")  # before Transformers 5
     if not name.startswith("backbone."):
         for pattern, replacement in NAMES:
             name = re.sub(pattern, replacement, name)
@@ -143,7 +244,9 @@ def _facts(config: dict[str, Any]) -> dict[str, Any]:
     """Return the heads and the dilation that a config states, and refuse what this DETR does not compute."""
     heads, dilation = config.get("encoder_attention_heads", 8), config.get("dilation", False)
     _require({"model_type": None} | config, model_type="detr")
-    _require(config, activation_function="relu", position_embedding_type="sine", decoder_attention_heads=heads)
+    _require(config, activation_function="relu", decoder_attention_heads=heads)
+    if config.get("position_embedding_type", "sine") not in ("sine", "learned"):
+        _require(config, position_embedding_type="sine")
     body = config.get("backbone_config") or {}
     kind = body.get("model_type") or ("timm_backbone" if config.get("use_timm_backbone", True) else "resnet")
     if kind == "resnet":
@@ -175,8 +278,10 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in FILES:
         file = folder / name
         if file.is_file() and name.endswith(".index.json"):
-            shards = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / Path(shard).name for shard in sorted(set(shards))]
+            shards = [folder / Path(shard).name for shard in sorted(set(_read_json(file)["weight_map"].values()))]
+            if gone := [shard.name for shard in shards if not shard.is_file()]:
+                raise FileNotFoundError(f"{file} names {gone[0]}, which is not there. Was the download cut off?")
+            return shards
         if file.is_file():
             return [file]
     raise FileNotFoundError(f"{folder} has a config.json and no weights. Expected one of {', '.join(FILES)}.")

@@ -1,4 +1,4 @@
-"""Where each feature is: the sine encoding that DETR adds to queries and keys."""
+"""Where each feature is: the encodings that DETR adds to queries and keys."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ EPSILON = 1e-6
 
 
 class SinePositionEncoding(nn.Module):
-    """The fixed two-dimensional encoding of DETR, normalised to the valid area of each image.
-
-    It has no parameters. What it returns for images without padding depends on their size alone and is kept.
+    """The fixed two-dimensional encoding of DETR, normalised to the valid area of each image. It has no parameters.
 
     Args:
         hidden_dim: The transformer's width; each axis takes half of it.
@@ -23,7 +21,6 @@ class SinePositionEncoding(nn.Module):
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
         self.hidden_dim = hidden_dim
-        self._cache: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, feature_map: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Return the encoding of every position.
@@ -37,30 +34,39 @@ class SinePositionEncoding(nn.Module):
         """
         height, width = feature_map.shape[-2:]
         dtype = torch.promote_types(feature_map.dtype, torch.float32)
-        if padding_mask is not None:
-            return self._encode(~padding_mask, dtype).to(feature_map.dtype)
-        if torch.compiler.is_compiling():  # a lookup by size would make the compiler start again for each size
-            return self._plain(feature_map, dtype)
-        key = (height, width, feature_map.device, feature_map.dtype)
-        if key not in self._cache:
-            # A tensor born in inference mode could never take part in training again.
-            with torch.inference_mode(False), torch.no_grad():
-                self._cache[key] = self._plain(feature_map, dtype)
-        return self._cache[key]
+        device = feature_map.device
+        if padding_mask is None:  # every row is like every other, every column too
+            y = self._encode(torch.arange(1, height + 1, dtype=dtype, device=device)[None, :, None], 1)
+            x = self._encode(torch.arange(1, width + 1, dtype=dtype, device=device)[None, None, :], 2)
+            y, x = y.expand(-1, -1, width, -1), x.expand(-1, height, -1, -1)
+        else:
+            y, x = (self._encode((~padding_mask).cumsum(axis, dtype=dtype), axis) for axis in (1, 2))
+        return torch.cat([y, x], dim=3).flatten(1, 2).to(feature_map.dtype)  # [B, H*W, hidden_dim]
 
-    def _plain(self, feature_map: Tensor, dtype: torch.dtype) -> Tensor:
-        valid = torch.ones(1, *feature_map.shape[-2:], dtype=torch.bool, device=feature_map.device)
-        return self._encode(valid, dtype).to(feature_map.dtype)
+    def _encode(self, numbers: Tensor, axis: int) -> Tensor:
+        """Encode the numbers of rows (axis 1) or columns (axis 2), `[B, H, W]`, from 1: `[B, H, W, hidden_dim/2]`."""
+        relative = numbers / (numbers.select(axis, -1).unsqueeze(axis) + EPSILON) * (2 * math.pi)
+        steps = torch.arange(0, self.hidden_dim // 2, 2, dtype=numbers.dtype, device=numbers.device)
+        angle = relative[..., None] / TEMPERATURE ** (steps / (self.hidden_dim // 2))  # [B, H, W, hidden_dim/4]
+        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(3)
 
-    def _encode(self, valid: Tensor, dtype: torch.dtype) -> Tensor:
-        y = valid.cumsum(1, dtype=dtype)
-        x = valid.cumsum(2, dtype=dtype)
-        y = y / (y[:, -1:, :] + EPSILON) * (2 * math.pi)
-        x = x / (x[:, :, -1:] + EPSILON) * (2 * math.pi)
-        exponent = torch.arange(0, self.hidden_dim // 2, 2, dtype=dtype, device=valid.device) / (self.hidden_dim // 2)
-        period = TEMPERATURE**exponent
-        axes = []
-        for axis in (y, x):
-            angle = axis[..., None] / period  # [B, H, W, hidden_dim/4]
-            axes.append(torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(3))
-        return torch.cat(axes, dim=3).flatten(1, 2)  # [B, H*W, hidden_dim]
+
+class LearnedPositionEncoding(nn.Module):
+    """A learned encoding of each row and each column, whatever is padded.
+
+    Args:
+        hidden_dim: The transformer's width; each axis takes half of it.
+        reach: The number of rows and of columns that have one.
+    """
+
+    def __init__(self, hidden_dim: int, reach: int) -> None:
+        super().__init__()
+        self.row_embed = nn.Embedding(reach, hidden_dim // 2)
+        self.col_embed = nn.Embedding(reach, hidden_dim // 2)
+
+    def forward(self, feature_map: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Return `[1, H*W, hidden_dim]` for a feature map `[B, C, H, W]`: the column's half first, then the row's."""
+        height, width = feature_map.shape[-2:]
+        x = self.col_embed.weight[None, :width].expand(height, -1, -1)
+        y = self.row_embed.weight[:height, None].expand(-1, width, -1)
+        return torch.cat([x, y], dim=2).flatten(0, 1)[None].to(feature_map.dtype)  # [H, W, d] -> [1, H*W, d]

@@ -1,10 +1,11 @@
-"""The transformer: post-norm encoder and decoder, as in figure 10 of the paper (https://arxiv.org/abs/2005.12872).
+"""The transformer: encoder and decoder, as in figure 10 of the paper (https://arxiv.org/abs/2005.12872).
 
 Everything is batch-first. Positions are added to queries and keys, never to values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from detr_lightning.model.detr import onednn
 
-MANY = 400
+ONEDNN_MIN_QUERIES = 400
 """Queries from which on `onednn.attention` is faster than torch's."""
 
 
@@ -66,7 +67,7 @@ class Attention(nn.Module):
             value: Projected values.
             visible: `[B, 1, 1, M]`, False where a key is padding.
         """
-        if visible is None and query.shape[1] >= MANY and onednn.usable(query):
+        if visible is None and query.shape[1] >= ONEDNN_MIN_QUERIES and onednn.usable(query):
             attended = onednn.attention(query, key, value, self.nheads)
         else:
             attended = F.scaled_dot_product_attention(
@@ -86,10 +87,14 @@ class Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention over the feature map, then a feed-forward network."""
+    """Self-attention over the feature map, then a feed-forward network.
 
-    def __init__(self, dim: int, nheads: int, feedforward_dim: int) -> None:
+    Norms stand after each addition or, with `pre_norm`, before each sublayer.
+    """
+
+    def __init__(self, dim: int, nheads: int, feedforward_dim: int, pre_norm: bool = False) -> None:
         super().__init__()
+        self.pre_norm = pre_norm
         self.self_attn = Attention(dim, nheads)
         self.linear1 = Linear(dim, feedforward_dim)
         self.linear2 = Linear(feedforward_dim, dim)
@@ -98,17 +103,36 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, visible: Tensor | None) -> Tensor:
         """Transform `[B, H*W, dim]`."""
-        query, key = self.self_attn.project(x + position, 0, 1).chunk(2, dim=-1)
-        x = self.norm1(x + self.self_attn.attend(query, key, self.self_attn.project(x, 2, 2), visible))
-        out: Tensor = self.norm2(x + self.linear2(self.linear1(x, relu=True)))
+        before, after = _norms(self.pre_norm)
+        y = before(self.norm1, x)
+        query, key = self.self_attn.project(y + position, 0, 1).chunk(2, dim=-1)
+        x = after(self.norm1, x + self.self_attn.attend(query, key, self.self_attn.project(y, 2, 2), visible))
+        y = before(self.norm2, x)
+        return after(self.norm2, x + self.linear2(self.linear1(y, relu=True)))
+
+
+def _norms(pre_norm: bool) -> tuple[Callable[[nn.Module, Tensor], Tensor], Callable[[nn.Module, Tensor], Tensor]]:
+    """Return what happens before and after a sublayer: its norm on one side, nothing on the other."""
+
+    def norm(module: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = module(x)
         return out
+
+    def nothing(_module: nn.Module, x: Tensor) -> Tensor:
+        return x
+
+    return (norm, nothing) if pre_norm else (nothing, norm)
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among the object queries, attention to the encoder's output, a feed-forward network."""
+    """Self-attention among the object queries, attention to the encoder's output, a feed-forward network.
 
-    def __init__(self, dim: int, nheads: int, feedforward_dim: int) -> None:
+    Norms stand after each addition or, with `pre_norm`, before each sublayer.
+    """
+
+    def __init__(self, dim: int, nheads: int, feedforward_dim: int, pre_norm: bool = False) -> None:
         super().__init__()
+        self.pre_norm = pre_norm
         self.self_attn = Attention(dim, nheads)
         self.multihead_attn = Attention(dim, nheads)
         self.linear1 = Linear(dim, feedforward_dim)
@@ -121,36 +145,40 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, object_queries: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, want_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Transform `[B, num_queries, dim]`, given this layer's projected keys and values of the memory."""
-        query, own_key = self.self_attn.project(x + object_queries, 0, 1).chunk(2, dim=-1)
-        x = self.norm1(x + self.self_attn.attend(query, own_key, self.self_attn.project(x, 2, 2)))
-        query = self.multihead_attn.project(x + object_queries, 0, 0)
-        x = self.norm2(x + self.multihead_attn.attend(query, key, value, visible))
+        before, after = _norms(self.pre_norm)
+        y = before(self.norm1, x)
+        query, own_key = self.self_attn.project(y + object_queries, 0, 1).chunk(2, dim=-1)
+        x = after(self.norm1, x + self.self_attn.attend(query, own_key, self.self_attn.project(y, 2, 2)))
+        query = self.multihead_attn.project(before(self.norm2, x) + object_queries, 0, 0)
+        x = after(self.norm2, x + self.multihead_attn.attend(query, key, value, visible))
         weights = self.multihead_attn.weights(query, key, visible) if want_weights else None
-        return self.norm3(x + self.linear2(self.linear1(x, relu=True))), weights
+        y = before(self.norm3, x)
+        return after(self.norm3, x + self.linear2(self.linear1(y, relu=True))), weights
 
 
 class Encoder(nn.Module):
-    """The encoder's layers."""
+    """The encoder's layers and, with `pre_norm`, the norm that their output goes through."""
 
-    def __init__(self, num_layers: int, dim: int, nheads: int, feedforward_dim: int) -> None:
+    def __init__(self, num_layers: int, dim: int, nheads: int, feedforward_dim: int, pre_norm: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(dim, nheads, feedforward_dim) for _ in range(num_layers))
+        self.layers = nn.ModuleList(EncoderLayer(dim, nheads, feedforward_dim, pre_norm) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(dim) if pre_norm else None
 
     def forward(self, x: Tensor, position: Tensor, visible: Tensor | None = None) -> list[Tensor]:
-        """Return what each layer puts out, `[B, H*W, dim]`; the last is the memory that the decoder reads."""
+        """Return each layer's output, normed, `[B, H*W, dim]`; the last is the memory that the decoder reads."""
         outputs = []
         for layer in self.layers:
             x = layer(x, position, visible)
-            outputs.append(x)
+            outputs.append(x if self.norm is None else self.norm(x))
         return outputs
 
 
 class Decoder(nn.Module):
     """The decoder's layers, and the norm that each layer's output goes through on its way out."""
 
-    def __init__(self, num_layers: int, dim: int, nheads: int, feedforward_dim: int) -> None:
+    def __init__(self, num_layers: int, dim: int, nheads: int, feedforward_dim: int, pre_norm: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(dim, nheads, feedforward_dim) for _ in range(num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(dim, nheads, feedforward_dim, pre_norm) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
 
     def forward(
@@ -190,7 +218,15 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """Encoder and decoder under the names of the official checkpoints."""
 
-    def __init__(self, dim: int, nheads: int, encoder_layers: int, decoder_layers: int, feedforward_dim: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        nheads: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        feedforward_dim: int,
+        pre_norm: bool = False,
+    ) -> None:
         super().__init__()
-        self.encoder = Encoder(encoder_layers, dim, nheads, feedforward_dim)
-        self.decoder = Decoder(decoder_layers, dim, nheads, feedforward_dim)
+        self.encoder = Encoder(encoder_layers, dim, nheads, feedforward_dim, pre_norm)
+        self.decoder = Decoder(decoder_layers, dim, nheads, feedforward_dim, pre_norm)

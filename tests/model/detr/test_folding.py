@@ -78,3 +78,10 @@ def test_on_another_device_nothing_is_left_on_the_cpu(model: DETR, dtype: torch.
     mask = torch.zeros(2, 64, 96, dtype=torch.bool, device="meta") if padded else None
     out = folded(pixels, mask, keys := KEYS[:3])
     assert [(out[key].device.type, out[key].dtype) for key in keys] == [("meta", dtype)] * len(keys)
+
+
+def test_in_float64_it_is_folded_in_float64(model: DETR, images: Tensor) -> None:
+    folded = fold(model, torch.float64)
+    assert {parameter.dtype for parameter in folded.parameters()} == {torch.float64}
+    assert next(model.parameters()).dtype == torch.float32
+    assert max(errors(model.double(), folded, images.double())) < 1e-13

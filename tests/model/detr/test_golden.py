@@ -17,7 +17,7 @@ from detr_lightning.model import checkpoints
 from detr_lightning.model.detr import fold, normalise
 from detr_lightning.model.detr.detr import DETR
 
-SHARED = Path(__file__).parents[3] / "shared"
+SHARED = Path(__file__).parents[4] / "shared"
 GOLDEN, IMAGES = SHARED / "golden", SHARED / "coco" / "val2017"
 pytestmark = pytest.mark.skipif(
     not (GOLDEN / "expected.pt").is_file() or not IMAGES.is_dir(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,10 @@ CASES = [
     ("r50", SHAPES[0]),
     ("r50-no-timm", SHAPES[1]),
     ("r101", PADDED),
+    ("learned", SHAPES[0]),
+    ("learned", PADDED),
+    ("pre-norm", SHAPES[0]),
+    ("pre-norm", PADDED),
 ]
 
 
@@ -45,9 +50,16 @@ def pictures(case: tuple[int, int] | str) -> tuple[Tensor, Tensor | None]:
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=str)
-def test_every_tensor_equals_hugging_faces(reference: Any, name: str, case: tuple[int, int] | str) -> None:
+def test_every_tensor_equals_hugging_faces(
+    reference: Any, name: str, case: tuple[int, int] | str, tmp_path: Path
+) -> None:
     theirs, folder = reference(name)
-    model = checkpoints.load(str(folder)).model
+    if name == "pre-norm":  # by this name transformers has it only as Table Transformer
+        torch.save(theirs.float().state_dict(), tmp_path / "detr.pth")
+        model = checkpoints.load(str(tmp_path / "detr.pth"), nheads=4).model
+        assert model.architecture.pre_norm
+    else:
+        model = checkpoints.load(str(folder)).model
     images, padding_mask = pictures(case)
 
     single = reference_outputs(theirs.float(), images, padding_mask)
@@ -61,7 +73,7 @@ def test_every_tensor_equals_hugging_faces(reference: Any, name: str, case: tupl
         for index in range(len(images)):
             truth = expected[key][index]
             rounding = error(single[key][index], truth)
-            assert error(got_double[key][index], truth) <= 1e-6, key
+            assert error(got_double[key][index], truth) <= 2e-6, key  # theirs has float32 positions
             assert error(got[key][index], truth) <= max(1e-5, 2 * rounding), key
     assert torch.equal(got["decoder_output"][:, -1], got["query_embeddings"])
 

@@ -1,0 +1,146 @@
+"""The part of a checkpoint that is a DETR: found below containers and prefixes, and named as in the official files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from detr_lightning.errors import InputError
+from detr_lightning.model.detr.hugging_face import to_official
+
+CONTAINERS = ("model", "state_dict", "model_state_dict", "model_state", "network", "net", "weights")
+AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "ema_weights", "averaged_model")
+"""Keys under which training scripts keep the model's weights, and their exponential moving average (EMA)."""
+
+OFFICIAL_MARK = "query_embed.weight"
+HUGGING_FACE_MARK = "query_position_embeddings.weight"
+"""A tensor that every DETR has, in each of the two layouts; whatever precedes it is a prefix."""
+
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:(?:_orig_mod|module)\.)+")
+"""What `torch.compile` and parallel wrappers put into names."""
+
+KINDS = {
+    r"lora_[AB]\.": "a LoRA adapter without its base model; merge the two and save the result",
+    r"(^|\.)linear_class\.weight": "the small DETR of the paper's notebook, which is another network",
+    r"(^|\.)(bbox_head|rpn_head)\.": "a model of MMDetection",
+    r"(^|\.)roi_heads?\.": "a Faster R-CNN or one of its kin",
+    r"^model\.\d+\.": "a YOLO of Ultralytics",
+    r"(^|\.)(enc_score_head|denoising_class_embed)\b": "an RT-DETR or a D-FINE",
+    r"(^|\.)backbone\.0\.encoder\.": "an RF-DETR or an LW-DETR",
+    r"ca_qcontent_proj": "a Conditional DETR or one of its kin",
+    r"refpoint_embed|refpoint_embeddings": "a DAB-DETR or one of its kin",
+    r"sampling_offsets|level_embed": "a Deformable DETR or one of its kin",
+    r"^(body\.|backbone\.|resnet\.|module\.)?(layer1\.0\.conv1|conv1)\.weight": "a backbone alone",
+}
+"""Other models, by what the names of their tensors match."""
+
+
+def find_detr(name: str, content: Any, averaged: bool | None = None) -> tuple[dict[str, Tensor], str]:
+    """Find a DETR's tensors in what a checkpoint file holds.
+
+    Args:
+        name: The file, for messages.
+        content: What was unpickled.
+        averaged: Whether to take the averaged (EMA) weights; None takes them only where there are no others.
+
+    Returns:
+        The tensors under their official names, and a remark on averaged weights for the user, empty where there are
+        none.
+
+    Raises:
+        InputError: There is no DETR in it; the message says what it was taken for.
+    """
+    if not isinstance(content, Mapping):
+        raise InputError(f"{name} holds a {type(content).__name__}. Expected {{'model': state_dict}} or a state_dict.")
+    own, ema = _candidates(content)
+    if not own and not ema:
+        raise InputError(
+            f"{name} holds no tensors, but {_some(content)}. Expected {{'model': state_dict}} or a state_dict."
+        )
+    if averaged and not ema:
+        raise InputError(f"{name} holds no averaged (EMA) weights. Leave model.ema out.")
+    remark = ""
+    if ema:
+        where, tensors = next(iter(ema.items()))
+        use = bool(averaged) or not own
+        if own:
+            remark = f"EMA weights from {where!r}" if use else f"not the EMA weights in {where!r} (model.ema=true)"
+        else:
+            remark = f"EMA weights from {where!r}, the only ones"
+        if averaged is False and not own:
+            raise InputError(f"{name} holds only averaged (EMA) weights, in {where!r}. Leave model.ema out.")
+        if use:
+            return _official(name, tensors), remark
+    return _official(name, next(iter(own.values()))), remark
+
+
+def taken_for(names: Iterable[str]) -> str | None:
+    """Return which other model tensors of these names belong to, or None where that is unknown."""
+    names = list(names)
+    return next((kind for sign, kind in KINDS.items() if any(re.search(sign, name) for name in names)), None)
+
+
+def _candidates(content: Mapping[Any, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+    """Return the state_dicts of the model and of its average, each by where it was found, the likeliest first."""
+    own = {key: tensors for key in CONTAINERS if (tensors := _tensors(content.get(key)))}
+    ema = {key: tensors for key in AVERAGED if (tensors := _tensors(content.get(key)))}
+    if not own and not ema and (tensors := _tensors(content)):
+        own = {"the file": tensors}
+    # One state_dict may hold both, as a LightningModule's does.
+    for where, tensors in list(own.items()):
+        for root in [*_roots(tensors, OFFICIAL_MARK), *_roots(tensors, HUGGING_FACE_MARK)]:
+            if set(root.split(".")) & set(AVERAGED):
+                ema.setdefault(root.rstrip("."), _below(tensors, root.removesuffix("model.")))
+        averages = tuple(f"{key}." for key in AVERAGED)
+        own[where] = {name: tensor for name, tensor in tensors.items() if not name.startswith(averages)}
+        if not own[where]:
+            del own[where]
+    return own, ema
+
+
+def _tensors(value: Any) -> dict[str, Tensor]:
+    """Return the tensors of a state_dict, or of one that is a level further down."""
+    if not isinstance(value, Mapping):
+        return {}
+    found = {WRAPPERS.sub("", k): v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    inner = (value.get(key) for key in ("module", *CONTAINERS))
+    return found or next((tensors for part in inner if (tensors := _tensors(part))), {})
+
+
+def _official(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a DETR's tensors under their official names.
+
+    Raises:
+        InputError: They are another model's.
+    """
+    if kind := taken_for(tensors):
+        raise InputError(
+            f"{name} was taken for {kind}: it holds {_telling(tensors)}. "
+            "A .pth or .ckpt file is read where it is a DETR's; other detectors as a folder in transformers' layout."
+        )
+    if roots := _roots(tensors, OFFICIAL_MARK):
+        return _below(tensors, roots[0])
+    if roots := _roots(tensors, HUGGING_FACE_MARK):
+        return to_official(_below(tensors, roots[0].removesuffix("model.")))
+    return tensors
+
+
+def _telling(tensors: Mapping[str, Tensor]) -> str:
+    return next(name for sign in KINDS for name in tensors if re.search(sign, name))
+
+
+def _roots(tensors: Iterable[str], mark: str) -> list[str]:
+    """Return the prefixes under which there is a DETR, the shortest first."""
+    roots = (name.removesuffix(mark) for name in tensors if name.endswith(mark))
+    return sorted((root for root in roots if not root or root.endswith(".")), key=len)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _some(content: Mapping[Any, Any]) -> str:
+    return ", ".join(map(repr, list(content)[:6])) or "nothing"
