@@ -83,14 +83,22 @@ def to_stored(key: str, image_id: int, tensor: torch.Tensor, dtype: torch.dtype)
     """
     stored = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
     if not torch.isfinite(stored).all():
-        if torch.isfinite(tensor).all():
-            largest = tensor.abs().max().item()
-            raise InputError(
-                f"image {image_id}: {key} reaches {largest:.6g}, more than {dtype} can hold. "
-                "Store it with writer.dtype=float32."
-            )
+        check_finite(key, image_id, tensor)
+        raise InputError(
+            f"image {image_id}: {key} reaches {tensor.abs().max().item():.6g}, more than {dtype} can hold. "
+            "Store it with writer.dtype=float32."
+        )
+    return stored
+
+
+def check_finite(key: str, image_id: int, tensor: torch.Tensor) -> None:
+    """Refuse an image's tensor that holds NaN or infinity.
+
+    Raises:
+        InputError: It does; the message names the image and the key.
+    """
+    if not torch.isfinite(tensor).all():
         raise InputError(
             f"image {image_id}: {key} has values that are not finite. "
             "Check the weights, or compute in a wider precision (trainer.precision)."
         )
-    return stored

@@ -49,6 +49,10 @@ class MissingPackageError(DETRLightningError, ImportError):
     """An optional package that is not installed; the message has the command that installs it."""
 
 
+class DETRLightningWarning(UserWarning):
+    """Results that may not be what was meant. The command prints the message alone."""
+
+
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
     """Return `value` if it is allowed.
 

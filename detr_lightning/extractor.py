@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from detr_lightning.batch import check_finite
+from detr_lightning.data.coco import compare_names
 from detr_lightning.detections import METRICS, coco_results, detect, evaluate
-from detr_lightning.errors import SettingError
+from detr_lightning.errors import DETRLightningWarning, IncompleteError, InputError, SettingError, count
 from detr_lightning.format.keys import PREDICTIONS, resolve_keys
 from detr_lightning.model.checkpoints import load
 from detr_lightning.model.detr import DETR, fold
@@ -59,11 +62,21 @@ class DETRExtractor(LightningModule):
         self.network: DETR | None = None
         self.results: list[dict[str, Any]] = []
         self.metrics: dict[str, float] = {}
+        self.validated: list[int] = []
+        self.skipped: list[tuple[int, str]] = []
+        self._sizes: dict[int, tuple[int, int]] = {}
 
     @property
     def detr(self) -> DETR:
         """The model as loaded: float32, on the CPU, with the official `state_dict`."""
         return self.checkpoint.model
+
+    @property
+    def category_names(self) -> dict[int, str]:
+        """The names that the checkpoint gives to COCO's category ids, or to its logits; empty where it has none."""
+        ids = self.checkpoint.category_ids
+        names = self.checkpoint.category_names or {}
+        return {index if ids is None else ids[index]: name for index, name in names.items()}
 
     def setup(self, stage: str | None = None) -> None:
         """Build the network that runs, before Lightning moves it to its device and precision."""
@@ -129,12 +142,14 @@ class DETRExtractor(LightningModule):
         return {"image_id": batch["image_id"], "feature_size": feature_size} | kept
 
     def on_validation_start(self) -> None:
-        """Check that the images have annotations and the model a logit for each category.
+        """Check that the model's categories are the annotations'.
 
         Raises:
-            ValueError: They have not.
+            SettingError: The model has no logit for a category.
+            InputError: No category has the name that the checkpoint gives it.
         """
-        self.results = []
+        self.results, self.validated, self.skipped = [], [], []
+        self._sizes = {record.image_id: record.size for record in self.trainer.datamodule.records}  # type: ignore[attr-defined]
         highest = self.detr.architecture.num_logits - 2
         beyond = {i: name for i, name in self.trainer.datamodule.categories.items() if not 0 <= i <= highest}  # type: ignore[attr-defined]
         if beyond:
@@ -143,27 +158,58 @@ class DETRExtractor(LightningModule):
                 f"The annotations have categories that the model has no logit for: {some}. "
                 f"Its logits are the category ids 0 to {highest}; use weights trained on these categories."
             )
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        differences, none_agrees = compare_names(self.category_names, data.categories)
+        if none_agrees:
+            raise InputError(
+                f"No category of {data.annotation_file} has the name that {self.checkpoint.name} gives its id: "
+                f"{differences}. Use annotations with the model's ids, or a model trained on these."
+            )
+        if differences and self.trainer.is_global_zero:
+            warnings.warn(
+                f"{data.annotation_file} and {self.checkpoint.name} name categories differently: {differences}.",
+                DETRLightningWarning,
+                stacklevel=2,
+            )
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int = 0, dataloader_idx: int = 0) -> None:
-        """Keep the detections of a batch, in pixels of the original images."""
+        """Keep the detections of a batch, in pixels of the original images.
+
+        Raises:
+            InputError: The model's predictions for an image are not finite.
+        """
+        self.skipped += batch["failed"]
         if not batch["image_id"]:
             return
         tensors = self(batch["pixels"], batch.get("padding_mask"), PREDICTIONS)
         logits, boxes = (tensors[key].cpu() for key in PREDICTIONS)
-        sizes = {record.image_id: record.size for record in self.trainer.datamodule.records}  # type: ignore[attr-defined]
         for index, image_id in enumerate(batch["image_id"]):
-            self.results += coco_results(image_id, detect(logits[index], boxes[index], sizes[image_id]))
+            for key, tensor in zip(PREDICTIONS, (logits[index], boxes[index]), strict=True):
+                check_finite(key, image_id, tensor)
+            self.results += coco_results(image_id, detect(logits[index], boxes[index], self._sizes[image_id]))
+            self.validated.append(image_id)
 
     def on_validation_epoch_end(self) -> None:
-        """Compute COCO's twelve numbers over the images of all ranks, and log them."""
+        """Compute COCO's twelve numbers over the images of all ranks that could be read, and log them.
+
+        Raises:
+            IncompleteError: An image was neither validated nor skipped, or all were skipped.
+        """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        results = self.results
+        shares: list[Any] = [(self.results, self.validated, self.skipped)] * self.trainer.world_size
         if self.trainer.world_size > 1:
-            shares: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(shares, results)
-            results = [row for share in shares for row in share]
+            torch.distributed.all_gather_object(shares, shares[0])
+        results, self.validated, self.skipped = (
+            [one for part in parts for one in part] for parts in zip(*shares, strict=True)
+        )
         if self.trainer.is_global_zero:
-            self.metrics = evaluate(data.ground_truth(), results, [record.image_id for record in data.records])
+            missing = {record.image_id for record in data.records}.difference(self.validated, dict(self.skipped))
+            if missing or not self.validated:
+                raise IncompleteError(
+                    f"Of {count(len(data.records), 'image')} {len(self.validated)} were validated and "
+                    f"{len(self.skipped)} could not be read: there is nothing to report."
+                )
+            self.metrics = evaluate(data.ground_truth(), results, self.validated)
         self.metrics = self.trainer.strategy.broadcast(self.metrics)
         # Equal on all ranks, so that their mean changes nothing; without it Lightning warns.
         self.log_dict({name: self.metrics[name] for name in METRICS}, sync_dist=True)

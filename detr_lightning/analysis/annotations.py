@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from detr_lightning.analysis.overlap import Annotated, assign
-from detr_lightning.data.coco import COCOFile, read_coco_file
-from detr_lightning.errors import InputError
+from detr_lightning.data.coco import COCOFile, compare_names, read_coco_file
+from detr_lightning.errors import DETRLightningWarning, InputError
 from detr_lightning.store.store import EmbeddingStore
 
 COMPARED = ["outcome", "annotation_id", "annotated_category_id", "annotated_category", "iou"]
@@ -106,10 +107,13 @@ def read_annotations(annotation_file: str | os.PathLike[str], store: EmbeddingSt
                 f"{content.path} is of another dataset: image {image_id} is {other.width}x{other.height} there and "
                 f"{entry.width}x{entry.height} in {store.folder}."
             )
-    for index, name in store.categories.items():
-        if content.categories.get(index, name) != name:
-            raise InputError(
-                f"{content.path} calls category {index} {content.categories[index]!r}, "
-                f"{store.folder} calls it {name!r}."
-            )
+    differences, none_agrees = compare_names(store.categories, content.categories)
+    if none_agrees:
+        raise InputError(
+            f"{content.path} is of other categories than {store.folder}: {differences}. "
+            "Give annotations with the ids of the model."
+        )
+    if differences:
+        message = f"{content.path} and {store.folder} name categories differently: {differences}."
+        warnings.warn(message, DETRLightningWarning, stacklevel=3)
     return content

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,9 +20,9 @@ from rich.filesize import decimal
 from detr_lightning import __version__, shipped
 from detr_lightning.command import reports
 from detr_lightning.command.parser import LINKS, CommandError, CommandParser, with_config_files
-from detr_lightning.data.datamodule import COCODataModule
+from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.data.decode import image_folder
-from detr_lightning.errors import DETRLightningError, IncompleteError, count
+from detr_lightning.errors import DETRLightningError, DETRLightningWarning, IncompleteError, count
 from detr_lightning.extraction.run import free_bytes
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
@@ -175,16 +177,23 @@ class DETRCLI(LightningCLI):
         self._check_precision()
         if self.datamodule.annotation_file is None:
             raise CommandError("validate needs data.annotation_file: COCO annotations to compare with.")
+        require_all_batches(self.trainer, "val")
         self.datamodule.prepare_data()
+        self.datamodule.setup("validate")
 
     def validate(self, **kwargs: Any) -> None:
         """Compute COCO's detection metrics, print and keep them."""
         self.trainer.validate(**kwargs, verbose=False)
         self.summary = self.model.metrics
         if _rank() == 0:
-            images = count(len(self.datamodule.records), "image")
+            images = count(len(self.model.validated), "image")
             said = f"{self.model.checkpoint.name} on {images}", reports.metrics(self.summary)
             Console(markup=False).print(*said, sep="\n", highlight=False)
+        names = {record.image_id: record.file_name for record in self.datamodule.records}
+        failures = [(record.file_name, reason) for record, reason in self.datamodule.failures]
+        self._say(
+            *reports.skipped([*failures, *((names[image_id], reason) for image_id, reason in self.model.skipped)])
+        )
 
     def _check_precision(self) -> None:
         asked = str(self.config_init[self.subcommand].trainer.precision or "")
@@ -211,7 +220,7 @@ def run(argv: Sequence[str] | None) -> int:
     """
     end_with_parent()
     try:
-        with calm(), sigterm_as_interrupt():
+        with calm(), _plain_warnings(), sigterm_as_interrupt():
             DETRCLI(argv)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, 130)
@@ -227,6 +236,23 @@ def run(argv: Sequence[str] | None) -> int:
                 return _fail(message.format(str(error).strip().splitlines()[0]), 1)
         raise
     return 0
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print this package's warnings as one line, without their place in the code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DETRLightningWarning)
+        show = warnings.showwarning
+
+        def show_plain(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, DETRLightningWarning):
+                print(f"Warning: {message}", file=sys.stderr, flush=True)
+            else:
+                show(message, category, *place, **more)
+
+        warnings.showwarning = show_plain
+        yield
 
 
 def _fail(message: str, code: int) -> int:

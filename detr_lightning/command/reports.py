@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import RenderableType
 from rich.filesize import decimal
@@ -81,9 +81,20 @@ def result(writer: EmbeddingWriter, metadata: Metadata, seconds: float, ranks: i
     if not failed:
         return [table]
     table.add_row("skipped", f"{count(len(failed), 'image')}, listed under 'failed' in metadata.json")
-    for entry in failed[:SHOWN]:
-        table.add_row("", f"{entry.file_name}: {entry.reason}")
-    return [table, f"Warning: {count(len(failed), 'image')} could not be read."]
+    return [table, *skipped([(entry.file_name, entry.reason) for entry in failed])]
+
+
+def skipped(failures: Sequence[tuple[str, str]]) -> list[str]:
+    """Return which images were left out, and why.
+
+    Args:
+        failures: The file name of each, and the reason.
+    """
+    if not failures:
+        return []
+    more = [f"  and {len(failures) - SHOWN} more"] if len(failures) > SHOWN else []
+    lines = [f"  {name}: {reason}" for name, reason in failures[:SHOWN]]
+    return [f"Warning: {count(len(failures), 'image')} could not be read:", *lines, *more]
 
 
 def metrics(values: Mapping[str, float]) -> Table:

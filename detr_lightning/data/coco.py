@@ -7,7 +7,7 @@ import os
 import posixpath
 import re
 import reprlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -114,6 +114,33 @@ def read_coco_file(
         number = f" (id {_shown.repr(entry['id'])})" if isinstance(entry, dict) and "id" in entry else ""
         raise InputError(f"{path}: annotations[{index}]{number}{error}") from None
     return COCOFile(path, images, categories, entries)
+
+
+def compare_names(model: Mapping[int, str], annotated: Mapping[int, str]) -> tuple[str, bool]:
+    """Compare the names of a model's categories with those in annotations, id by id.
+
+    Returns:
+        The first differences in words, empty where all names agree, and whether none agrees. A model without names
+        differs from nothing.
+    """
+    if not model:
+        return "", False
+    ids = {_plain(name): number for number, name in model.items()}
+    differences = []
+    for number, name in annotated.items():
+        if _plain(model.get(number, "")) == _plain(name):
+            continue
+        other = ids.get(_plain(name))
+        differences.append(
+            f"{number} is {name!r} in the annotations and {repr(model[number]) if number in model else 'no category'} "
+            f"in the model" + ("" if other is None else f", which has {name!r} at {other}")
+        )
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + more, 0 < len(differences) == len(annotated)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name.strip().casefold())
 
 
 def _trim(annotations: str) -> Callable[[dict[str, Any]], dict[str, Any] | None] | None:

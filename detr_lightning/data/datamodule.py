@@ -6,9 +6,9 @@ import os
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from detr_lightning.data.batching import BATCHINGS, plan_batches
@@ -19,6 +19,20 @@ from detr_lightning.data.records import Failure, ImageRecord
 from detr_lightning.data.sources import read_coco, read_folder, select
 from detr_lightning.errors import SettingError, UnreadableImageError, check_choice
 from detr_lightning.format.preprocessing import resized_size
+
+
+def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> None:
+    """Refuse a Trainer that would leave images out.
+
+    Raises:
+        SettingError: It is to stop after a part of the batches.
+    """
+    limit = getattr(trainer, f"limit_{stage}_batches")
+    if isinstance(limit, int) or limit != 1.0:
+        raise SettingError(
+            f"trainer.limit_{stage}_batches (or fast_dev_run, overfit_batches) ends the run early ({limit}). "
+            "A result counts when every image is there: choose images with data.limit or data.image_ids."
+        )
 
 
 class COCODataModule(LightningDataModule):
@@ -88,6 +102,7 @@ class COCODataModule(LightningDataModule):
         self.finished: Collection[int] = frozenset()
         self._known_ids: Mapping[str, int] = {}
         self._ready = False
+        self._ground_truth: dict[str, Any] | None = None
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -109,13 +124,21 @@ class COCODataModule(LightningDataModule):
             download_val2017(Path(self.image_dir), annotation_file)
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the images and their sizes; decode none.
+        """Find the images and their sizes, and read the annotations that validation needs; decode no image.
 
         Raises:
             FileNotFoundError: The folder or the annotation file is not there.
             ValueError: What they hold cannot be used; the message names the entry.
+            SettingError: The Trainer is to validate with a part of the batches.
             UnreadableImageError: A header cannot be read, and `on_error` is `raise`.
         """
+        if stage == "validate" and self.trainer is not None:
+            require_all_batches(self.trainer, "val")
+        self._find_once()
+        if stage == "validate":
+            self.ground_truth()
+
+    def _find_once(self) -> None:
         if self._ready:
             return
         records, failures = self.find()
@@ -186,8 +209,10 @@ class COCODataModule(LightningDataModule):
         """
         if self.annotation_file is None:
             raise SettingError("data.annotation_file is not set: validation needs COCO annotations to compare with.")
-        content = read_coco_file(self.annotation_file, "boxes")
-        return content.ground_truth({record.image_id for record in self.records})
+        if self._ground_truth is None:
+            content = read_coco_file(self.annotation_file, "boxes")
+            self._ground_truth = content.ground_truth({record.image_id for record in self.records})
+        return self._ground_truth
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Stop at an unreadable image, unless it is to be skipped: here, since an error in a worker arrives garbled.

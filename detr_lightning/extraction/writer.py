@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from detr_lightning.batch import HostBatch, split, to_stored
-from detr_lightning.data.datamodule import COCODataModule
+from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.errors import SettingError, SettingTypeError, check_choice
 from detr_lightning.extraction.previous import read_previous
 from detr_lightning.extraction.provenance import provenance
@@ -75,12 +75,7 @@ class EmbeddingWriter(BasePredictionWriter):
             OSError: The folder is a file, cannot be read, or (`if_exists` is `error`) is not empty.
             ValueError: It holds another extraction, whose settings or images differ, or the Trainer is to stop early.
         """
-        batches = trainer.limit_predict_batches
-        if isinstance(batches, int) or batches != 1.0:
-            raise SettingError(
-                f"trainer.limit_predict_batches (or trainer.fast_dev_run) ends the run early ({batches}). "
-                "An extraction is finished when every image is there: choose images with data.limit or data.image_ids."
-            )
+        require_all_batches(trainer, "predict")
         data.setup("predict")
         if self.if_exists == "resume" and data.annotation_file is None:
             data.keep_ids(read_previous(self.output_dir).file_ids)
