@@ -97,7 +97,7 @@ def read_annotations(annotation_file: str | os.PathLike[str], store: EmbeddingSt
     missing = [image_id for image_id in store if image_id not in records]
     if missing:
         raise InputError(
-            f"{content.path} is of another dataset: of the {len(store)} images of {store.folder} it does not list "
+            f"{content.path} is of another dataset: of the {len(store)} images of {store.name} it does not list "
             f"{len(missing)}, for example {missing[0]}."
         )
     for image_id in store:
@@ -105,15 +105,15 @@ def read_annotations(annotation_file: str | os.PathLike[str], store: EmbeddingSt
         if other.width and entry.size != other.size:
             raise InputError(
                 f"{content.path} is of another dataset: image {image_id} is {other.width}x{other.height} there and "
-                f"{entry.width}x{entry.height} in {store.folder}."
+                f"{entry.width}x{entry.height} in {store.name}."
             )
     differences, none_agrees = compare_names(store.categories, content.categories)
     if none_agrees:
         raise InputError(
-            f"{content.path} is of other categories than {store.folder}: {differences}. "
+            f"{content.path} is of other categories than {store.name}: {differences}. "
             "Give annotations with the ids of the model."
         )
     if differences:
-        message = f"{content.path} and {store.folder} name categories differently: {differences}."
+        message = f"{content.path} and {store.name} name categories differently: {differences}."
         warnings.warn(message, DETRLightningWarning, stacklevel=3)
     return content

@@ -81,7 +81,7 @@ class ObjectReader:
     def nothing_found(self) -> str:
         """Return why no object was found; known when all blocks have been read."""
         if not self.ids:
-            return f"No image of {self.store.folder} was chosen. It holds {len(self.store)} images."
+            return f"No image of {self.store.name} was chosen. It holds {len(self.store)} images."
         return (
             f"No query of {len(self.ids)} images scores {self.threshold} or more; the best is {self.best:.3f}, "
             f"in image {self.best_image}. Lower the threshold."

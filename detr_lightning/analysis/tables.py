@@ -128,7 +128,7 @@ def _schema(reader: ObjectReader) -> pa.Schema:
         types["embedding"] = _vector(reader.no_rows["embedding"].shape[1])
     metadata = reader.store.metadata
     source = {
-        "folder": str(reader.store.folder.resolve()),
+        "folder": reader.store.location,
         "model_sha256": metadata.get("model", {}).get("sha256"),
         "key": reader.key,
         "layer": reader.layer,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detr_lightning.format import names, reader
+from detr_lightning.store.tensors import Tensors
 
 POOLED_AXES: dict[str, tuple[int, ...]] = {
     "backbone_features": (1, 2),  # [C, H, W] -> [C]
@@ -35,28 +34,27 @@ def pooled(tensor: Tensor, key: str, pool: str | None) -> Tensor:
 class EmbeddingDataset(Dataset[tuple[Tensor, Any]]):
     """One key of a store's images, read one by one: items are `(tensor, image id)` or `(tensor, target)`.
 
-    It can be pickled and costs data workers little: it holds ids and a path, not the metadata.
+    It pickles and costs data workers little: it holds ids and where the tensors are, not the metadata.
     """
 
     def __init__(
         self,
-        folder: Path,
+        tensors: Tensors,
         image_ids: Sequence[int],
         key: str,
         pool: str | None = None,
         targets: Mapping[int, Any] | None = None,
     ) -> None:
-        self.folder = folder
+        self.tensors = tensors
         self.image_ids = torch.tensor(image_ids, dtype=torch.int64)
         self.key = key
         self.pool = pool
         self.targets = targets
-        self._reader = reader.TensorReader()
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image_id = int(self.image_ids[index])
-        tensor = pooled(self._reader.read(self.folder / names.file_name(image_id), self.key), self.key, self.pool)
+        tensor = pooled(self.tensors.read(image_id, self.key), self.key, self.pool)
         return tensor, image_id if self.targets is None else self.targets[image_id]

@@ -103,7 +103,7 @@ def output_path(
         raise SettingError(f"{path} does not end in {suffix}. Name the file {path.with_suffix(suffix).name}.")
     if path.is_dir():
         raise SettingError(f"{path} is a folder. Name a file to write.")
-    if path.resolve().is_relative_to(store.folder.resolve()):
+    if store.folder is not None and path.resolve().is_relative_to(store.folder.resolve()):
         raise SettingError(f"{path} lies in the extraction's own folder, which holds nothing else. Write elsewhere.")
     for file in (path, path.with_suffix(beside)) if beside else (path,):
         if not overwrite and file.exists():

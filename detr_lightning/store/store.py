@@ -12,14 +12,13 @@ from typing import Any, SupportsIndex
 from torch import Tensor
 
 from detr_lightning.errors import InputError, SettingError, UnknownImageError, check_choice
-from detr_lightning.format import names, reader
 from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.keys import Size
-from detr_lightning.format.metadata import read_metadata
-from detr_lightning.parallel import in_threads
+from detr_lightning.format.metadata import MetadataFile, read_metadata
+from detr_lightning.format.names import METADATA
+from detr_lightning.parallel import track
 from detr_lightning.store.dataset import POOLED_AXES, POOLS, EmbeddingDataset, pooled
-
-_THREADS = 4
+from detr_lightning.store.tensors import FileTensors, Tensors
 
 
 class EmbeddingStore:
@@ -42,9 +41,28 @@ class EmbeddingStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder: Path | None = Path(folder).expanduser()
+        self.name = str(self.folder)
         self.metadata_file = read_metadata(self.folder)
-        self._reader = reader.TensorReader()
+        self._tensors: Tensors = FileTensors(self.folder)
+
+    @classmethod
+    def of(cls, name: str, metadata: MetadataFile, tensors: Tensors) -> EmbeddingStore:
+        """Return a store that is no folder.
+
+        Args:
+            name: The name that messages use.
+            metadata: Its metadata.
+            tensors: Its tensors.
+        """
+        store = cls.__new__(cls)
+        store.folder, store.name, store.metadata_file, store._tensors = None, name, metadata, tensors
+        return store
+
+    @property
+    def location(self) -> str:
+        """Where the store is: an absolute path, or the name of a store that is no folder."""
+        return self.name if self.folder is None else str(self.folder.resolve())
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -81,10 +99,10 @@ class EmbeddingStore:
         Raises:
             KeyError: The store holds no such image; the nearest ids are named.
         """
-        return reader.load(self.path(image_id))
+        return self._tensors.load(self._known(image_id))
 
     def __repr__(self) -> str:
-        return f"EmbeddingStore({str(self.folder)!r}: {len(self)} images, {', '.join(self.embedding_keys)})"
+        return f"EmbeddingStore({self.name!r}: {len(self)} images, {', '.join(self.embedding_keys)})"
 
     def entry(self, image_id: SupportsIndex) -> ImageEntry:
         """Return the record of an image: `file_name`, `width`, `height`, `input_size`, `features`, ...
@@ -105,13 +123,13 @@ class EmbeddingStore:
             number = operator.index(image_id)
         except TypeError:
             raise UnknownImageError(
-                f"{image_id!r} is no image id of {self.folder}: ids are integers. "
+                f"{image_id!r} is no image id of {self.name}: ids are integers. "
                 "metadata['images'] lists each with its file_name."
             ) from None
         if number in self.metadata_file:
             return number
         ids = self.metadata_file.image_ids
-        message = f"image {number} is not among the {len(ids)} images of {self.folder}."
+        message = f"image {number} is not among the {len(ids)} images of {self.name}."
         if ids:
             place = bisect.bisect(ids, number)
             near = sorted(ids[max(0, place - 3) : place + 3], key=lambda other: abs(other - number))[:3]
@@ -119,8 +137,15 @@ class EmbeddingStore:
         raise UnknownImageError(message)
 
     def path(self, image_id: SupportsIndex) -> Path:
-        """Return the path of an image's embeddings."""
-        return self.folder / names.file_name(self._known(image_id))
+        """Return the path of an image's file.
+
+        Raises:
+            KeyError: The store holds no such image.
+            SettingError: The store has no file per image.
+        """
+        if not isinstance(self._tensors, FileTensors):
+            raise SettingError(f"{self.name} has no file per image. Read a tensor with load, or all with store[id].")
+        return self._tensors.path(self._known(image_id))
 
     def image_path(self, image_id: SupportsIndex, image_dir: str | os.PathLike[str] | None = None) -> Path:
         """Return the path of the image itself.
@@ -136,7 +161,7 @@ class EmbeddingStore:
         if image_dir is None:
             image_dir = self.metadata_file.image_dir
         if image_dir is None:
-            raise FileNotFoundError(f"{self.folder} does not say where {file_name} is. Give image_dir.")
+            raise FileNotFoundError(f"{self.name} does not say where {file_name} is. Give image_dir.")
         path = Path(image_dir).expanduser() / file_name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there. Give image_dir, the folder in which the images are now.")
@@ -150,7 +175,7 @@ class EmbeddingStore:
             ValueError: The files hold no such key.
         """
         self.require(key)
-        return self._reader.read(self.path(image_id), key)
+        return self._tensors.read(self._known(image_id), key)
 
     def require(self, *keys: str) -> None:
         """Check that the files hold these keys.
@@ -161,7 +186,7 @@ class EmbeddingStore:
         for key in keys:
             if key not in self.embedding_keys:
                 raise SettingError(
-                    f"{self.folder} holds no {key!r}, only {', '.join(self.embedding_keys)}. "
+                    f"{self.name} holds no {key!r}, only {', '.join(self.embedding_keys)}. "
                     f"Name {key} in model.keys, or choose an extract_type that has it, and extract into another folder."
                 )
 
@@ -193,8 +218,8 @@ class EmbeddingStore:
         first = pooled(self.load(ids[0], key), key, pool)
         stacked = first.new_empty((len(ids), *first.shape))
 
-        def fill(row: int) -> None:
-            tensor = pooled(self._reader.read(self.path(ids[row]), key), key, pool)
+        def fill(row: int, tensor: Tensor) -> None:
+            tensor = pooled(tensor, key, pool)
             if tensor.shape != first.shape:
                 advice = " Pool it (pool='mean' or 'max'), or choose images of one size." if key in POOLED_AXES else ""
                 raise SettingError(
@@ -203,7 +228,7 @@ class EmbeddingStore:
                 )
             stacked[row] = tensor
 
-        for _ in in_threads(fill, range(len(ids)), _THREADS, f"Reading {key}", progress):
+        for _ in track(self._tensors.each(ids, key, fill), len(ids), f"Reading {key}", progress):
             pass
         return ids, stacked
 
@@ -228,7 +253,7 @@ class EmbeddingStore:
         """
         if image_ids is None and targets is not None:
             image_ids = [image_id for image_id in self if image_id in targets]
-        return EmbeddingDataset(self.folder, self._chosen(key, image_ids, pool), key, pool, targets)
+        return EmbeddingDataset(self._tensors, self._chosen(key, image_ids, pool), key, pool, targets)
 
     def feature_map(self, image_id: SupportsIndex, key: str = "encoder_output") -> Tensor:
         """Return a tensor with its places folded back to a map of the image.
@@ -254,7 +279,7 @@ class EmbeddingStore:
     def _feature_size(self, image_id: SupportsIndex) -> Size:
         features = self.entry(image_id).features
         if features is None:
-            raise InputError(f"{self.folder / names.METADATA} has no feature_size for image {image_id}.")
+            raise InputError(f"{self.name}/{METADATA} has no feature_size for image {image_id}.")
         (size,) = features.levels
         return size
 
@@ -267,5 +292,5 @@ class EmbeddingStore:
                 raise SettingError(f"{key} cannot be pooled; {', '.join(POOLED_AXES)} can.")
         ids = self.image_ids if image_ids is None else list(map(self._known, image_ids))
         if not ids:
-            raise SettingError(f"No image of {self.folder} was chosen. It holds {len(self)} images.")
+            raise SettingError(f"No image of {self.name} was chosen. It holds {len(self)} images.")
         return ids

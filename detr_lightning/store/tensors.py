@@ -1,0 +1,69 @@
+"""The tensors of a store, wherever they are: one file per image here, others beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from detr_lightning.format import names, reader
+from detr_lightning.parallel import in_threads
+
+_THREADS = 4
+
+
+class Tensors(Protocol):
+    """Reads an extraction's tensors. It pickles, and costs data workers little: it holds no metadata."""
+
+    def load(self, image_id: int) -> dict[str, Tensor]:
+        """Return all tensors of an image."""
+
+    def read(self, image_id: int, key: str) -> Tensor:
+        """Return one tensor of an image, without reading the others."""
+
+    def each(self, image_ids: Sequence[int], key: str, use: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Call `use(index, tensor)` for each of many images, perhaps in threads, and yield after each."""
+
+
+class FileTensors:
+    """The tensors of a folder with one `.pt` file per image.
+
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._reader = reader.TensorReader()
+
+    def path(self, image_id: int) -> Path:
+        """Return the path of an image's file."""
+        return self.folder / names.file_name(image_id)
+
+    def load(self, image_id: int) -> dict[str, Tensor]:
+        """Return all tensors of an image.
+
+        Raises:
+            FileNotFoundError: Its file is gone.
+            InputError: Its file is damaged.
+        """
+        return reader.load(self.path(image_id))
+
+    def read(self, image_id: int, key: str) -> Tensor:
+        """Return one tensor of an image, without reading the others.
+
+        Raises:
+            FileNotFoundError: Its file is gone.
+            InputError: Its file is damaged, or lacks the key.
+        """
+        return self._reader.read(self.path(image_id), key)
+
+    def each(self, image_ids: Sequence[int], key: str, use: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Call `use(index, tensor)` for each of many images, in threads, and yield after each."""
+
+        def read_and_use(index: int) -> None:
+            use(index, self.read(image_ids[index], key))
+
+        yield from in_threads(read_and_use, range(len(image_ids)), _THREADS, "", progress=False)
