@@ -91,7 +91,7 @@ def compare(
     keys = [None if "decoder_output" in store.embedding_keys else "query_embeddings" for store in (one, other)]
     tables = [objects(store, threshold, key=key) for store, key in zip((one, other), keys, strict=True)]
     layers: list[dict[str, np.ndarray]] = []
-    pairs = align(*tables, iou=iou)
+    pairs = align(tables[0], tables[1], iou)
     if len(pairs) < 4:
         raise InputError(f"{len(pairs)} objects were found by both; 4 or more are needed. Lower the threshold.")
     for store, table, side in zip((one, other), tables, ("one", "other"), strict=True):

@@ -37,7 +37,7 @@ def evaluate_store(
     kept = store.metadata.get("min_score")
     if kept is not None:
         raise InputError(
-            f"{store.folder} keeps only queries that score {kept} or more. Average precision needs all: extract "
+            f"{store.name} keeps only queries that score {kept} or more. Average precision needs all: extract "
             "without writer.min_score, or run `validate`."
         )
     predictions = Predictions(store)

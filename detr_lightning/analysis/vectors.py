@@ -58,7 +58,7 @@ def linear_cka(one: Sequence[np.ndarray], other: Sequence[np.ndarray], debiased:
     norms = [np.array([product(matrix, matrix) for matrix in matrices]) for matrices in (first, second)]
     cross = np.array([[product(a, b) for b in second] for a in first])
     scale = np.sqrt(np.maximum(norms[0][:, None] * norms[1][None], 0))
-    return np.divide(cross, scale, out=np.full_like(cross, np.nan), where=scale > 0)
+    return np.asarray(np.divide(cross, scale, out=np.full_like(cross, np.nan), where=scale > 0))
 
 
 def _prepared(matrix: np.ndarray, debiased: bool) -> np.ndarray:

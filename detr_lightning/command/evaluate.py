@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
 
     store = EmbeddingStore(options.folder)
     numbers = evaluate_store(store, options.annotations)
-    table = Table("COCO metric", "value", title=f"{store.folder}: {count(len(store), 'image')}", title_justify="left")
+    table = Table("COCO metric", "value", title=f"{store.name}: {count(len(store), 'image')}", title_justify="left")
     table.columns[1].justify = "right"
     for name, value in numbers.items():
         table.add_row(name, f"{value:.3f}")
