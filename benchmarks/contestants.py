@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from detr_lightning import COCODataModule, DETRExtractor, EmbeddingWriter
 from detr_lightning.format.keys import EXTRACT_TYPES
 from detr_lightning.model.detr import DETR, normalise
-from detr_lightning.progress import calm
+from detr_lightning.system import quiet_lightning
 
 PRECISIONS = {"float32": ("32-true", torch.float32), "bfloat16": ("bf16-true", torch.bfloat16)}
 KEYS = EXTRACT_TYPES["decoder"]
@@ -81,7 +81,7 @@ class Ours:
         """Extract a folder; return the seconds from the first batch to the metadata."""
         writer_settings = {key: settings.pop(key) for key in ("dtype", "threads") if key in settings}
         clock = Clock()
-        with calm():
+        with quiet_lightning():
             # Callbacks end in order: the writer has written all when the clock stops.
             writer = EmbeddingWriter(str(output), **writer_settings)
             trainer = Trainer(

@@ -20,17 +20,18 @@ from PIL import Image
 from torch import Tensor
 
 from detr_lightning.batch import split
-from detr_lightning.command.reports import SHOWN
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.data.decode import open_image, read_pixels, rgb, to_pixels
 from detr_lightning.data.loading import Reader
 from detr_lightning.data.records import Failure, ImageRecord, Size
-from detr_lightning.errors import IncompleteError, SettingError, SettingTypeError, UnreadableImageError, count
+from detr_lightning.errors import SHOWN, SettingError, SettingTypeError, UnreadableImageError, count
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.keys import dtype_of
-from detr_lightning.progress import ImageProgress, calm
+from detr_lightning.job import Job
+from detr_lightning.progress import ImageProgress
 from detr_lightning.store import EmbeddingStore
+from detr_lightning.system import quiet_lightning
 
 Source = str | os.PathLike[str] | Image.Image
 
@@ -84,12 +85,12 @@ def extract(
             near = difflib.get_close_matches(name, allowed, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(dict.fromkeys(allowed))}."
             raise SettingTypeError(f"extract has no setting {name!r}. {hint}")
-    if multiprocessing.get_start_method() != "fork":
+    if (multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]) != "fork":
         data.setdefault("num_workers", 0)  # other workers would run the caller's script again
     folder = Path(images).expanduser() if isinstance(images, str | os.PathLike) else None
-    if folder is not None and not folder.exists():
+    if folder is not None and not folder.exists() and not data.get("download"):
         raise FileNotFoundError(f"images: there is no file and no folder {folder}.")
-    if folder is not None and folder.is_dir():
+    if folder is not None and not folder.is_file():
         annotations = None if annotation_file is None else os.fspath(annotation_file)
         datamodule = COCODataModule(str(folder), annotations, **data)
     elif annotation_file is not None:
@@ -99,7 +100,7 @@ def extract(
         datamodule = ImageList.of([images] if single else list(images), **data)  # type: ignore[list-item, arg-type]
     extractor = DETRExtractor(os.fspath(weights), extract_type, keys, **(model or {}))
     writer = None if output_dir is None else EmbeddingWriter(os.fspath(output_dir), dtype, if_exists)
-    with calm():
+    with quiet_lightning():
         trainer = Trainer(
             accelerator=accelerator,
             devices=1,
@@ -110,21 +111,21 @@ def extract(
             enable_progress_bar=progress,
             callbacks=[*([ImageProgress()] if progress else []), *([writer] if writer else [])],
         )
-        if writer and writer.plan(trainer, extractor, datamodule).complete:
-            return EmbeddingStore(writer.output_dir)
+        job = Job(trainer, extractor, datamodule, writer)
         try:
-            batches = trainer.predict(extractor, datamodule, return_predictions=writer is None)
+            job.prepare(precision)
+            job.plan()
+            batches = job.predict()
         except SystemExit as stopped:  # Lightning's answer to Ctrl-C would end the caller's program.
             raise KeyboardInterrupt from stopped
+    metadata = job.finish()
     if writer:
-        if writer.metadata is None:
-            raise IncompleteError(f"The run ended before all images were in {writer.output_dir}.")
-        _warn_of([entry.file_name for entry in writer.metadata.failed])
+        _warn_of([entry.file_name for entry in metadata.failed] if metadata else [])
         return EmbeddingStore(writer.output_dir)
     found = {
         image_id: {key: torch.empty(t.shape, dtype=dtype_of(key, dtype)).copy_(t) for key, t in tensors.items()}
-        for batch in batches or ()
-        for image_id, tensors in split(batch)  # type: ignore[arg-type]
+        for batch in batches
+        for image_id, tensors in split(batch)
     }
     records = [*datamodule.records, *(record for record, _reason in datamodule.failures)]
     _warn_of([record.file_name for record in records if record.image_id not in found])

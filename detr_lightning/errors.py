@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 10
+"""Skipped images that a message names; metadata.json lists them all."""
+
 
 class DETRLightningError(Exception):
     """The base of all errors that are raised on purpose. The command prints their message, without a traceback."""

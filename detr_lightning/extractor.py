@@ -16,7 +16,7 @@ from detr_lightning.errors import DETRLightningWarning, IncompleteError, InputEr
 from detr_lightning.format.keys import PREDICTIONS, resolve_keys
 from detr_lightning.model.checkpoints import load
 from detr_lightning.model.detr import DETR, fold
-from detr_lightning.system import keep_freed_memory
+from detr_lightning.system import allow_tf32, keep_freed_memory
 
 
 class DETRExtractor(LightningModule):
@@ -84,9 +84,7 @@ class DETRExtractor(LightningModule):
 
     def _build(self, dtype: torch.dtype | None) -> None:
         keep_freed_memory()
-        high = self.hparams["tf32"]
-        torch.set_float32_matmul_precision("high" if high else "highest")
-        torch.backends.cudnn.allow_tf32 = high
+        allow_tf32(self.hparams["tf32"])
         self.network = fold(self.detr, dtype).to(self.device)
         if self.hparams["compile"]:
             self.network.compile()

@@ -1,12 +1,8 @@
-"""What a run shows while it goes: a Rich bar in a terminal and in notebooks, plain lines elsewhere."""
+"""The progress of a run: a Rich bar in a terminal and in notebooks, plain lines elsewhere."""
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,34 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from detr_lightning.errors import count
 from detr_lightning.extraction.writer import EmbeddingWriter
 
-QUIET = (
-    r".*does not have many workers.*",
-    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
-    r".*multi-threaded, use of fork\(\) may lead to deadlocks.*",
-    r".*AMP with fp16 is not supported on CPU.*",  # the command refuses it
-    r".*LightningCLI's args parameter is intended to run from within Python.*",
-)
-"""Warnings that Lightning, torch and Python give about each other, on which a user can do nothing."""
-
 EVERY = 10.0
 """Seconds between plain lines, at the beginning; later lines come at each tenth of the work at the most."""
-
-
-@contextmanager
-def calm() -> Iterator[None]:
-    """Keep what Lightning says of itself, the hardware and its own dependencies out of a run's output."""
-    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for message in QUIET:
-            warnings.filterwarnings("ignore", message=message)
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 class ImageProgress(ProgressBar):

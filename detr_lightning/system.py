@@ -1,25 +1,77 @@
-"""Effects on the whole process: how it ends, and the tuning of torch and the C library for a model on a CPU."""
+"""Effects on the whole process, in one place: signals, warnings, the settings of torch, Pillow and the C library.
+
+A run puts back what it changed, `keep_freed_memory` excepted, which says why. Data workers end with their run.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from PIL import Image
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """From glibc's `malloc.h`; see mallopt(3)."""
 
 LAUNCHER = "DETR_LIGHTNING_LAUNCHER"
 """The environment variable that holds the process which launched the other ranks of its node."""
+
+
+QUIET = (
+    r".*does not have many workers.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*multi-threaded, use of fork\(\) may lead to deadlocks.*",
+    r".*AMP with fp16 is not supported on CPU.*",  # job.py refuses it
+    r".*LightningCLI's args parameter is intended to run from within Python.*",
+)
+"""Warnings that Lightning, torch and Python give about each other. Users can do nothing about them."""
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep what Lightning prints about itself, the hardware and its own dependencies out of a run's output."""
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in QUIET:
+            warnings.filterwarnings("ignore", message=message)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def restore_settings() -> Iterator[None]:
+    """Put back afterwards the settings of torch and Pillow that a run changes: TensorFloat-32 and the pixel limit."""
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    max_pixels = Image.MAX_IMAGE_PIXELS
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        Image.MAX_IMAGE_PIXELS = max_pixels
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Choose for the whole process whether float32 on a GPU may round its inputs to TensorFloat-32."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextlib.contextmanager
@@ -35,13 +87,20 @@ def sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def launched_by_rank_0() -> bool:
+    """Return whether rank 0 of this node launched this process, and not the user or a launcher such as torchrun."""
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    return LAUNCHER in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ and local_rank not in ("", "0")
+
+
 def end_with_parent() -> None:
     """End a rank within seconds of the process that launched it: nobody else would."""
-    by_torchrun, by_rank_0 = "TORCHELASTIC_RUN_ID" in os.environ, int(os.environ.get("LOCAL_RANK", "0")) > 0
+    by_torchrun, by_rank_0 = "TORCHELASTIC_RUN_ID" in os.environ, launched_by_rank_0()
     parent = os.getppid()
-    if by_rank_0 and not by_torchrun:
-        parent = int(os.environ.get(LAUNCHER, parent))  # It may have died while this process imported.
-    os.environ[LAUNCHER] = str(os.getpid())
+    if by_rank_0:
+        parent = int(os.environ[LAUNCHER])  # It may have died while this process imported.
+    else:
+        os.environ[LAUNCHER] = str(os.getpid())
     if not (by_torchrun or by_rank_0) or any(thread.name == "parent-watch" for thread in threading.enumerate()):
         return
 

@@ -22,12 +22,14 @@ from detr_lightning.command import reports
 from detr_lightning.command.parser import LINKS, CommandError, CommandParser, with_config_files
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.data.decode import image_folder
-from detr_lightning.errors import DETRLightningError, DETRLightningWarning, IncompleteError, count
+from detr_lightning.errors import DETRLightningError, DETRLightningWarning, count
 from detr_lightning.extraction.run import free_bytes
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
-from detr_lightning.progress import ImageProgress, calm
-from detr_lightning.system import end_with_parent, sigterm_as_interrupt
+from detr_lightning.job import Job, check_trainer
+from detr_lightning.progress import ImageProgress
+from detr_lightning.ranks import waits_for_launch
+from detr_lightning.system import end_with_parent, quiet_lightning, sigterm_as_interrupt
 
 INTERRUPTED = "Interrupted. What is finished is kept: run the same command again to go on."
 FAILURES = {
@@ -48,8 +50,6 @@ class DETRCLI(LightningCLI):
     def __init__(self, args: Sequence[str] | None = None) -> None:
         self.console = Console(stderr=True, markup=False)
         self.summary: dict[str, float] = {}
-        self._done = False
-        self._began = time.monotonic()
         super().__init__(
             DETRExtractor,
             COCODataModule,
@@ -132,15 +132,15 @@ class DETRCLI(LightningCLI):
         return writer
 
     def before_predict(self) -> None:
-        """Say what will be done, and refuse what cannot be.
+        """Print what will be done, and refuse what cannot be.
 
         Raises:
-            CommandError: The disk is too small, or the precision is not to be had.
+            CommandError: The disk is too small, or the precision is not available.
         """
-        self._check_precision()
-        self.datamodule.prepare_data()
-        run = self.writer.plan(self.trainer, self.model, self.datamodule)
-        self._done = run.complete
+        self.job = Job(self.trainer, self.model, self.datamodule, self.writer)
+        self.job.prepare(self._trainer_settings.precision)
+        if self.job.plan() is None:
+            return
         needed, free = self.writer.bytes_needed(self.model), free_bytes(self.writer.output_dir)
         self._say(*reports.announcement(self.writer, self.model, self.datamodule, free))
         if needed > free:
@@ -155,15 +155,13 @@ class DETRCLI(LightningCLI):
         Raises:
             IncompleteError: The run ended, and not all images are there.
         """
-        if self._done or self.config[self.subcommand].dry_run:
+        if self._dry_run or self.job.complete:
             return
         began = time.monotonic()
-        self.trainer.predict(**kwargs, return_predictions=False)
-        if not self.trainer.is_global_zero:
-            return
-        metadata = self.writer.metadata
+        self.job.predict()
+        metadata = self.job.finish()
         if metadata is None:
-            raise IncompleteError(f"The run ended before all images were in {self.writer.output_dir}.")
+            return
         self._say(*reports.result(self.writer, metadata, time.monotonic() - began, self.trainer.world_size))
 
     def before_validate(self) -> None:
@@ -172,14 +170,16 @@ class DETRCLI(LightningCLI):
         Raises:
             CommandError: There are no annotations, the precision is not to be had, or a dry run is asked for.
         """
-        if self.config[self.subcommand].dry_run:
+        if self._dry_run:
             raise CommandError("--dry_run is for predict: validate writes nothing.")
-        self._check_precision()
+        check_trainer(self.trainer, self._trainer_settings.precision)
         if self.datamodule.annotation_file is None:
             raise CommandError("validate needs data.annotation_file: COCO annotations to compare with.")
         require_all_batches(self.trainer, "val")
-        self.datamodule.prepare_data()
-        self.datamodule.setup("validate")
+        if self.trainer.local_rank == 0:
+            self.datamodule.prepare_data()
+        if self.trainer.world_size == 1 or (waits_for_launch(self.trainer) and self.trainer.is_global_zero):
+            self.datamodule.setup("validate")  # before other ranks are launched, which it tells what it found
 
     def validate(self, **kwargs: Any) -> None:
         """Compute COCO's detection metrics, print and keep them."""
@@ -195,13 +195,13 @@ class DETRCLI(LightningCLI):
             *reports.skipped([*failures, *((names[image_id], reason) for image_id, reason in self.model.skipped)])
         )
 
-    def _check_precision(self) -> None:
-        asked = str(self.config_init[self.subcommand].trainer.precision or "")
-        if asked.startswith("16") and self.trainer.strategy.root_device.type == "cpu":
-            raise CommandError(
-                f"trainer.precision {asked} needs a GPU, and this run is on a CPU. "
-                "Use bf16-mixed, bf16-true or 32-true."
-            )
+    @property
+    def _trainer_settings(self) -> Any:
+        return self.config_init[self.subcommand].trainer
+
+    @property
+    def _dry_run(self) -> bool:
+        return bool(self.config[self.subcommand].dry_run)
 
     def _say(self, *things: Any) -> None:
         if _rank() == 0:
@@ -220,7 +220,7 @@ def run(argv: Sequence[str] | None) -> int:
     """
     end_with_parent()
     try:
-        with calm(), _plain_warnings(), sigterm_as_interrupt():
+        with quiet_lightning(), _plain_warnings(), sigterm_as_interrupt():
             DETRCLI(argv)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, 130)

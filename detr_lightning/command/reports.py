@@ -9,15 +9,12 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from detr_lightning.data.datamodule import COCODataModule
-from detr_lightning.errors import count
+from detr_lightning.errors import SHOWN, count
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.keys import FeatureSizes, dtype_of, nbytes, shape_of
 from detr_lightning.format.names import METADATA
 from detr_lightning.format.schema import Metadata
-
-SHOWN = 10
-"""Skipped images that are named; metadata.json lists them all."""
 
 
 def announcement(

@@ -19,6 +19,7 @@ from detr_lightning.data.records import Failure, ImageRecord
 from detr_lightning.data.sources import read_coco, read_folder, select
 from detr_lightning.errors import SettingError, UnreadableImageError, check_choice
 from detr_lightning.format.preprocessing import resized_size
+from detr_lightning.ranks import from_rank_0
 
 
 def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> None:
@@ -99,7 +100,6 @@ class COCODataModule(LightningDataModule):
         self.records: list[ImageRecord] = []
         self.categories: dict[int, str] = {}
         self.failures: list[Failure] = []
-        self.finished: Collection[int] = frozenset()
         self._known_ids: Mapping[str, int] = {}
         self._ready = False
         self._ground_truth: dict[str, Any] | None = None
@@ -124,7 +124,7 @@ class COCODataModule(LightningDataModule):
             download_val2017(Path(self.image_dir), annotation_file)
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the images and their sizes, and read the annotations that validation needs; decode no image.
+        """Find the images and their sizes on rank 0, and the annotations that validation needs; tell the other ranks.
 
         Raises:
             FileNotFoundError: The folder or the annotation file is not there.
@@ -134,18 +134,36 @@ class COCODataModule(LightningDataModule):
         """
         if stage == "validate" and self.trainer is not None:
             require_all_batches(self.trainer, "val")
-        self._find_once()
-        if stage == "validate":
-            self.ground_truth()
 
-    def _find_once(self) -> None:
+        def find() -> tuple[list[ImageRecord], list[Failure], dict[int, str]]:
+            self.find_images()
+            if stage == "validate":
+                self.ground_truth()
+            return self.images
+
+        self.images = find() if self.trainer is None else from_rank_0(self.trainer, find)
+
+    def find_images(self) -> None:
+        """Find the images in this process alone; see `setup`."""
+        self.images = self._select()
+
+    @property
+    def images(self) -> tuple[list[ImageRecord], list[Failure], dict[int, str]]:
+        """All that `setup` found: the images, those that cannot be read, and the categories."""
+        return self.records, self.failures, self.categories
+
+    @images.setter
+    def images(self, found: tuple[list[ImageRecord], list[Failure], dict[int, str]]) -> None:
+        self.records, self.failures, self.categories = found
+        self._ready = True
+
+    def _select(self) -> tuple[list[ImageRecord], list[Failure], dict[int, str]]:
         if self._ready:
-            return
+            return self.images
         records, failures = self.find()
         unusable = dict(failures)
         chosen = select([*records, *unusable], self.hparams["image_ids"], self.hparams["limit"])
-        self.records = []
-        self.failures = []
+        found: tuple[list[ImageRecord], list[Failure], dict[int, str]] = ([], [], self.categories)
         for record in chosen:
             reason = unusable.get(record)
             if reason is None:
@@ -154,12 +172,12 @@ class COCODataModule(LightningDataModule):
                 except ValueError as error:
                     reason = str(error)
             if reason is None:
-                self.records.append(record)
+                found[0].append(record)
             elif self.on_error == "raise":
                 raise self._unreadable(record.file_name, reason)
             else:
-                self.failures.append((record, reason))
-        self._ready = True
+                found[1].append((record, reason))
+        return found
 
     def find(self) -> tuple[list[ImageRecord], list[Failure]]:
         """Return all images that there are, and those whose size cannot be read."""
@@ -190,11 +208,11 @@ class COCODataModule(LightningDataModule):
         if self.annotation_file is None and known != self._known_ids:
             self._known_ids = known
             self._ready = False
-            self.setup()
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return this rank's batches of the images that are not finished."""
-        return self._loader(self.finished)
+        """Return this rank's batches of the images that no callback, such as `EmbeddingWriter`, has already."""
+        callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
+        return self._loader(frozenset().union(*(getattr(callback, "finished", ()) for callback in callbacks)))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return this rank's batches of all images."""

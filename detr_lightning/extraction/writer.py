@@ -9,7 +9,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
@@ -24,6 +23,7 @@ from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.keys import DTYPES, FeatureSizes, dtype_of, nbytes
 from detr_lightning.format.schema import Metadata
+from detr_lightning.ranks import from_rank_0, gather
 from detr_lightning.system import SideThreads
 
 QUEUED_IMAGES = 64
@@ -61,6 +61,7 @@ class EmbeddingWriter(BasePredictionWriter):
             raise SettingError(f"writer.threads is {threads}, but must be at least 1.")
         self.threads = threads
         self.extraction: ExtractionRun | None = None
+        self.finished: frozenset[int] = frozenset()
         self.metadata: Metadata | None = None
         self.images_written = 0
         self.bytes_written = 0
@@ -76,9 +77,9 @@ class EmbeddingWriter(BasePredictionWriter):
             ValueError: It holds another extraction, whose settings or images differ, or the Trainer is to stop early.
         """
         require_all_batches(trainer, "predict")
-        data.setup("predict")
         if self.if_exists == "resume" and data.annotation_file is None:
             data.keep_ids(read_previous(self.output_dir).file_ids)
+        data.find_images()
         self.extraction = self._run(trainer, model, data)
         self.extraction.inspect()
         return self.extraction
@@ -120,68 +121,40 @@ class EmbeddingWriter(BasePredictionWriter):
         data: COCODataModule = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(pl_module, DETRExtractor) or not isinstance(data, COCODataModule):
             raise SettingTypeError("EmbeddingWriter needs a DETRExtractor and a COCODataModule.")
-        told = self._begin(trainer, pl_module, data)
-        problems = _gathered(trainer, self._join(trainer, pl_module, data, *told))
-        if trainer.is_global_zero and not any(problems):
-            assert self.extraction is not None
-            problems = self.extraction.unseen(trainer.world_size)
-        problems = trainer.strategy.broadcast(problems)
-        if any(problems):
-            if not trainer.is_global_zero:
-                raise SystemExit(1)  # rank 0 says why
-            raise OSError(
-                "; ".join(f"rank {rank} of {len(problems)}: {text}" for rank, text in enumerate(problems) if text)
-            )
+        self.metadata, self.images_written, self.bytes_written = None, 0, 0
+        token, self.finished, data.images = from_rank_0(trainer, lambda: self._begin(trainer, pl_module, data))
+        problems = gather(trainer, self._join(trainer, pl_module, data, token))
+        from_rank_0(trainer, lambda: self._check_ranks(problems))
 
     def _begin(
         self, trainer: Trainer, model: DETRExtractor, data: COCODataModule
-    ) -> tuple[str, frozenset[int], dict[str, int]]:
-        """Begin on rank 0; return what all ranks need to know: the run's token, finished ids, and ids by file name."""
-        self.metadata, self.images_written, self.bytes_written = None, 0, 0
-        error: Exception | None = None
-        told: Any = None
-        if trainer.is_global_zero:
-            try:
-                run = self.extraction or self.plan(trainer, model, data)
-                run.begin()
-                run.join(0)
-                told = (
-                    run.token,
-                    frozenset(run.finished),
-                    {record.file_name: record.image_id for record in data.records},
-                )
-            except Exception as raised:
-                error = raised
-        told, failed = trainer.strategy.broadcast((told, error is not None))
-        if error is not None:
-            raise error
-        if failed:
-            raise SystemExit(1)  # rank 0 says why
-        token, finished, ids = told
-        return token, finished, ids
+    ) -> tuple[str | None, frozenset[int], Any]:
+        """Begin on rank 0; return what all ranks need to know: the run's token, the finished ids and the images."""
+        run = self.extraction or self.plan(trainer, model, data)
+        run.begin()
+        run.join(0)
+        return run.token, frozenset(run.finished), data.images
 
-    def _join(
-        self,
-        trainer: Trainer,
-        model: DETRExtractor,
-        data: COCODataModule,
-        token: str,
-        finished: frozenset[int],
-        ids: dict[str, int],
-    ) -> str | None:
-        """Join what rank 0 began; return why this rank cannot."""
-        data.finished = finished
+    def _join(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule, token: str | None) -> str | None:
+        """Join the run that rank 0 began; return why this rank cannot."""
         if trainer.is_global_zero:
             return None
         try:
-            data.keep_ids(ids)
             self.extraction = self._run(trainer, model, data)
-            if not self.extraction.shares_folder(token):
+            if token is None or not self.extraction.shares_folder(token):
                 return f"output_dir {self.output_dir} is not the folder of rank 0. Choose one that all nodes share."
             self.extraction.join(trainer.global_rank)
         except Exception as raised:
             return str(raised) or repr(raised)
         return None
+
+    def _check_ranks(self, problems: list[str | None]) -> None:
+        assert self.extraction is not None
+        problems = problems if any(problems) else self.extraction.unseen(len(problems))
+        if any(problems):
+            raise OSError(
+                "; ".join(f"rank {rank} of {len(problems)}: {text}" for rank, text in enumerate(problems) if text)
+            )
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the writing threads, and let SIGTERM end the run as Ctrl-C does."""
@@ -246,6 +219,7 @@ class EmbeddingWriter(BasePredictionWriter):
             self.extraction.leave(done=False)
             self.extraction.release()
             self.extraction = None
+        self.finished = frozenset()
 
     def _stop(self) -> None:
         if self._pool is not None:
@@ -272,11 +246,3 @@ class EmbeddingWriter(BasePredictionWriter):
         with self._count:
             self.images_written += 1
             self.bytes_written += size
-
-
-def _gathered(trainer: Trainer, value: Any) -> list[Any]:
-    """Return what each rank gave."""
-    values = [value] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values

@@ -240,3 +240,22 @@ def test_lightning_ends_rank_0_when_rank_1_dies(start: Callable[..., Started], l
     again = start(*long.data, "--data.limit", "10", "--output_dir", folder)
     assert again.wait() == 0, again.err
     contents(folder)
+
+
+@pytest.mark.slow
+def test_rank_0_alone_looks_at_the_images_and_the_folder(job: Job) -> None:
+    blind = """
+import os
+from detr_lightning.data.datamodule import COCODataModule
+from detr_lightning.extraction.run import ExtractionRun
+def refuse(*_):
+    raise AssertionError("rank 1 looks for itself")
+COCODataModule.find = ExtractionRun.inspect = refuse
+"""
+    both = job.ranks(patch=("", blind))
+    assert [run.wait() for run in both] == [0, 0], both[0].err + both[1].err
+    again = job.ranks(patch=("", blind))
+    assert [run.wait() for run in again] == [0, 0], again[0].err + again[1].err
+    assert "Nothing to do" in again[0].err
+    dry = job.ranks("--dry_run", patch=("", blind))
+    assert [run.wait() for run in dry] == [0, 0], dry[0].err + dry[1].err

@@ -1,0 +1,120 @@
+"""The protocol of an extraction, prepare, plan, predict, finish, which the command and `extract()` both follow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from detr_lightning.data.datamodule import COCODataModule
+from detr_lightning.errors import IncompleteError, SettingError
+from detr_lightning.extraction.run import ExtractionRun
+from detr_lightning.extraction.writer import EmbeddingWriter
+from detr_lightning.extractor import DETRExtractor
+from detr_lightning.format.schema import Metadata
+from detr_lightning.ranks import from_rank_0, waits_for_launch
+from detr_lightning.system import launched_by_rank_0, restore_settings
+
+
+class Job:
+    """One extraction: a model, images, a Trainer and, unless the embeddings stay in memory, a writer.
+
+    Args:
+        trainer: The Trainer; `writer` is among its callbacks.
+        model: The model.
+        data: The images.
+        writer: The callback that writes.
+
+    Attributes:
+        complete: After `plan`: whether nothing is left to do.
+    """
+
+    def __init__(
+        self, trainer: Trainer, model: DETRExtractor, data: COCODataModule, writer: EmbeddingWriter | None = None
+    ) -> None:
+        self.trainer, self.model, self.data, self.writer = trainer, model, data, writer
+        self.complete = False
+
+    def prepare(self, precision: Any = None) -> None:
+        """Refuse a Trainer that cannot do it, and download what is missing.
+
+        Args:
+            precision: The precision that was asked for. Lightning itself replaces `16-mixed` on a CPU.
+
+        Raises:
+            SettingError: The precision or the strategy cannot be used.
+            OSError: The download failed.
+        """
+        check_trainer(self.trainer, precision)
+        if self.trainer.local_rank == 0:
+            self.data.prepare_data()
+
+    def plan(self) -> ExtractionRun | None:
+        """Find the images and compare them with the output folder, on rank 0 alone; change nothing.
+
+        Returns:
+            The planned run on rank 0, else None. Without a writer there is none.
+
+        Raises:
+            DETRLightningError: The images or the folder cannot be used as asked.
+            OSError: A file or folder is not there or cannot be read.
+        """
+        if self.trainer.world_size == 1 or waits_for_launch(self.trainer):
+            if self.trainer.is_global_zero:
+                self.complete = self._plan()
+        elif not launched_by_rank_0():
+            # A launcher has started all ranks at once, and any of them would wait for one that stops here.
+            self.trainer.strategy.setup_environment()
+            self.complete = from_rank_0(self.trainer, self._plan)
+        return self.writer.extraction if self.writer else None
+
+    def _plan(self) -> bool:
+        if self.writer is None:
+            self.data.find_images()
+            return False
+        return self.writer.plan(self.trainer, self.model, self.data).complete
+
+    def predict(self) -> list[Any]:
+        """Run the model over the images that are not finished, if there are any.
+
+        Returns:
+            The outputs of `predict_step`; empty if a writer took them.
+        """
+        if self.complete:
+            return []
+        with restore_settings():
+            batches = self.trainer.predict(self.model, self.data, return_predictions=self.writer is None)
+        return list(batches or ())
+
+    def finish(self) -> Metadata | None:
+        """Return the metadata that this run wrote: on rank 0, with a writer, and if there was anything to do.
+
+        Raises:
+            IncompleteError: The run ended before all images were there.
+        """
+        if self.writer is None or not self.trainer.is_global_zero:
+            return None
+        if not self.complete and self.writer.metadata is None:
+            raise IncompleteError(
+                f"The run ended before all images were in {self.writer.output_dir}. "
+                "What is finished is kept: run the same again to go on."
+            )
+        return self.writer.metadata
+
+
+def check_trainer(trainer: Trainer, precision: Any = None) -> None:
+    """Refuse what a Trainer cannot do with DETR.
+
+    Args:
+        trainer: The Trainer.
+        precision: The precision that was asked for; by default the Trainer's.
+
+    Raises:
+        SettingError: The precision or the strategy cannot be used.
+    """
+    precision = str(precision or trainer.precision)
+    if precision.startswith("16") and trainer.strategy.root_device.type == "cpu":
+        raise SettingError(
+            f"trainer.precision {precision} needs a GPU, and this run is on a CPU. "
+            "Use bf16-mixed, bf16-true or 32-true."
+        )
