@@ -178,3 +178,28 @@ def precision_at_k(
         places = torch.tensor([min(k, most) - 1 for k in ks])
         shares.append(hits[:, places] / known[:, places])
     return pd.DataFrame(torch.cat(shares).double().numpy(), columns=columns, index=table.index)
+
+
+def typicality(table: pd.DataFrame, label: str = "category_id") -> pd.Series[float]:
+    """Return the cosine between each object's embedding and the mean direction of all others with its label.
+
+    A group that the model knows less well tends to lie further out, even where it is found.
+
+    Args:
+        table: Rows with `embedding` and the label.
+        label: The column that says which objects belong together.
+
+    Returns:
+        A number for each row; NaN where no other object has its label.
+
+    Raises:
+        SettingError: The table has no embeddings.
+    """
+    if table.empty:
+        return pd.Series(index=table.index, dtype=float)
+    vectors = unit(embeddings_of(table)).astype(np.float64)
+    codes, names = pd.factorize(table[label])
+    sums = np.zeros((len(names), vectors.shape[1]))
+    np.add.at(sums, codes, vectors)
+    cosine = (vectors * unit(sums[codes] - vectors)).sum(1)
+    return pd.Series(np.where(np.bincount(codes)[codes] > 1, cosine, np.nan), index=table.index)

@@ -62,7 +62,7 @@ def linear_cka(one: Sequence[np.ndarray], other: Sequence[np.ndarray], debiased:
 
 
 def _prepared(matrix: np.ndarray, debiased: bool) -> np.ndarray:
-    centered = np.asarray(matrix, np.float64) - np.mean(matrix, 0, dtype=np.float64)
+    centered = np.asarray(matrix - np.mean(matrix, 0, dtype=np.float64))
     if not debiased:
         return centered
     gram = centered @ centered.T  # [N, N]

@@ -81,6 +81,8 @@ def test_attention_of_the_likeliest_or_of_chosen_queries(store: EmbeddingStore, 
     figure = plots.attention(store, 7, query=[1, 0], layer=0)
     drawn(figure, tmp_path / "a.png")
     assert [text.split(":")[0] for text in texts(figure)] == ["query 1", "query 0"]
+    figure = plots.attention(store, 7, query=range(8))  # Three rows of three.
+    assert [axes.axison for axes in figure.axes] == [False] * 9
     with pytest.raises(ValueError, match="no query 10; image 7 has 0 to 9"):
         plots.attention(store, 7, query=10)
 

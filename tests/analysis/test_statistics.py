@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from detr_lightning.analysis import statistics
-from detr_lightning.analysis.statistics import by_group, precision_at_k, probe
+from detr_lightning.analysis.statistics import by_group, precision_at_k, probe, typicality
 
 
 def rows(images: int, objects: int = 1, seed: int = 0) -> pd.DataFrame:
@@ -121,3 +121,14 @@ def test_precision_without_neighbours() -> None:
     assert list(precision_at_k(table[:0])) == ["precision at 1", "precision at 5", "precision at 10"]
     with pytest.raises(ValueError, match="ks is"):
         precision_at_k(table, [0])
+
+
+def test_typicality_leaves_the_object_itself_out() -> None:
+    vectors = np.array([[3, 0], [0, 1], [0, 2], [5, 5]], np.float32)
+    table = pd.DataFrame({"category_id": [7, 7, 7, 8], "embedding": list(vectors)}, index=[9, 8, 7, 6])
+    found = typicality(table)
+    assert found.index.tolist() == [9, 8, 7, 6]
+    # The first against two that point up; the second against the mean of right and up.
+    assert found.tolist()[:3] == pytest.approx([0, np.sqrt(0.5), np.sqrt(0.5)])
+    assert np.isnan(found[6])
+    assert typicality(table[:0]).empty

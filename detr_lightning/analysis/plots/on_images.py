@@ -105,7 +105,7 @@ def attention(
     rows = -(-len(table) // columns)
     figure = Figure(figsize=(4.6 * columns, (4.6 * height / width + 0.35) * rows), layout="constrained")
     gray = picture.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, row in zip(panels, table.itertuples(), strict=False):
         weights = torch.nn.functional.interpolate(maps[None, None, row.query], (height, width), mode="bilinear")[0, 0]
         heat = (weights / weights.max().clamp(min=1e-12)).sqrt().numpy()  # The root shows weak attention too.
@@ -114,7 +114,7 @@ def attention(
         _box(axes, row, "black", linewidth=3)
         _box(axes, row, "white", linewidth=1.4)
         axes.set_title(f"query {row.query}: {row.category} {row.score:.2f}", fontsize=11, color=INK)
-    for axes in list(panels):
+    for axes in panels:
         axes.set_axis_off()
     return figure
 
