@@ -93,13 +93,14 @@ def make_store(
         _predict(tensors, objects, (image["height"], image["width"]), feature_size, centers)
         tensors["query_embeddings"] = tensors["decoder_output"][-1].clone()
         stored = {key: tensors[key].to(dtype_of(key, dtype)) for key in keys}
-        size = files.save_tensors(folder, image["id"], stored)
+        saved = files.save_tensors(folder, image["id"], stored)
         images.append(
             ImageEntry(
                 *(image[name] for name in ("id", "file_name", "width", "height")),
                 input_size=(feature_size[0] * 32, feature_size[1] * 32),
                 features=FeatureSizes.single(feature_size),
-                bytes=size,
+                bytes=saved.bytes,
+                checksum=saved.checksum,
             )
         )
     run = schema.RunRecord(
@@ -117,14 +118,14 @@ def make_store(
         config={"data": {"image_dir": str(image_dir) if image_dir else None}},
     )
     metadata = schema.Metadata(run=run, images=images).to_json()
-    files.write_json(folder / names.METADATA, metadata)
+    files.write_json(folder / names.METADATA, metadata, checksum=True)
     return EmbeddingStore(folder)
 
 
 def edit_metadata(folder: Path, **changes: Any) -> None:
-    """Change keys of a folder's metadata; None removes one."""
+    """Change keys of a folder's metadata, which then has no checksum; None removes one."""
     path = folder / names.METADATA
-    metadata = json.loads(path.read_text()) | changes
+    metadata = json.loads(path.read_text()) | {"checksum": None} | changes
     path.write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
 
 

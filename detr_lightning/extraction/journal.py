@@ -1,13 +1,13 @@
-"""What an unfinished run keeps beside its files: who is at work, what was asked for, what is done.
+"""The state of an unfinished run, beside its files: which processes are at work, the settings, the finished images.
 
 Everything lies in the subfolder `.extraction`, which goes when the run finishes:
 
-    run.json        what identifies the run, and the images it plans
-    lock            held by rank 0 while it lives
+    run.json        the settings that identify the run, and the images it plans
+    lock            locked by rank 0 while it lives
     done.jsonl      the images that were finished when the run began
-    rank-N.jsonl    what rank N has done since, held by it while it lives
+    rank-N.jsonl    the images that rank N finished since, locked by it while it lives
 
-Holding is the operating system's file lock: it ends with its process, however that ends.
+A lock is the operating system's file lock: it ends with its process, however that ends.
 """
 
 from __future__ import annotations
@@ -16,60 +16,100 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 from detr_lightning.errors import BusyError
-from detr_lightning.format.state import DONE, read_journal
+from detr_lightning.format.names import STATE
+from detr_lightning.format.state import DONE, no_link, read_journal
 
 PATIENCE = 60.0
 """Seconds that a new run waits for processes of a dead one. Without their parent they stop within a few."""
 
+_inherited: set[int] = set()
+"""Descriptors of the locks of this process, which a forked child must not keep."""
 
-class Held:
-    """A text file that this process holds until it ends or lets go: a lock, and a sign of life.
+
+def _close_inherited() -> None:
+    # On the descriptors: a file object has a lock of its own, which another thread may have held at the fork.
+    for descriptor in _inherited:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _inherited.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
+class LockedFile:
+    """A text file that this process keeps locked until it ends or closes it. Links are not followed.
 
     Raises:
-        BusyError: Another process holds it; the message is the file's first line.
+        BusyError: Another process has locked it; the message is the file's first line.
+        InputError: It is a link.
         OSError: It cannot be opened, or its file system has no locks.
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         while True:
-            self.file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - stays open
+            descriptor = no_link(str(path), os.O_RDWR | os.O_APPEND | os.O_CREAT)
             try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self.file.seek(0)
-                holder = self.file.readline().strip()
-                self.file.close()
-                raise BusyError(holder) from None
+                owner = os.pread(descriptor, 200, 0).decode(errors="replace").partition("\n")[0].strip()
+                os.close(descriptor)
+                raise BusyError(owner) from None
             except OSError as error:
-                self.file.close()
-                raise OSError(
-                    error.errno,
-                    f"{path} cannot be locked ({error.strerror}), so two runs could get into each other's way. "
-                    "Choose an output_dir on a file system that has locks (flock).",
-                ) from error
-            # Whoever held it before may have deleted it in the meantime.
-            if path.exists() and os.path.samestat(os.fstat(self.file.fileno()), path.stat()):
+                os.close(descriptor)
+                raise _no_locks(path, error) from error
+            # The process that had locked it before may have deleted or moved it in the meantime.
+            if _is_at(descriptor, path):
                 break
-            self.file.close()
-        # A forked child, such as a data worker, would go on holding it after its parent's death.
-        os.register_at_fork(after_in_child=self.file.close)
+            os.close(descriptor)
+        self.descriptor = descriptor
+        _inherited.add(descriptor)
 
     def sign(self) -> None:
-        """Write who holds the file."""
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.file.flush()
+        """Write which process has the lock."""
+        os.ftruncate(self.descriptor, 0)
+        os.write(self.descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def append(self, line: bytes) -> None:
+        """Append a line, whole or not at all.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        before = os.fstat(self.descriptor).st_size
+        rest = line
+        try:
+            while rest:
+                rest = rest[os.write(self.descriptor, rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.descriptor, before)
+            raise
+
+    def close(self) -> None:
+        """Give the lock up."""
+        if self.descriptor in _inherited:
+            _inherited.remove(self.descriptor)
+            os.close(self.descriptor)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the lock was given up."""
+        return self.descriptor not in _inherited
 
 
 class Journal:
-    """What one rank has done: a line for each image, written after the image's file is whole.
+    """The record of one rank: a line for each image, written after the image's file is whole.
 
     Args:
         path: A new file.
@@ -77,7 +117,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._held = Held(path)
+        self._file = LockedFile(path)
         self._lock = threading.Lock()
 
     def add(self, entry: dict[str, Any]) -> None:
@@ -86,11 +126,10 @@ class Journal:
         Raises:
             OSError: It cannot be written; the message names the file.
         """
-        line = json.dumps(entry) + "\n"
+        line = json.dumps(entry).encode() + b"\n"
         with self._lock:
             try:
-                self._held.file.write(line)
-                self._held.file.flush()
+                self._file.append(line)
             except OSError as error:
                 raise OSError(
                     error.errno,
@@ -99,68 +138,128 @@ class Journal:
                 ) from error
 
     def close(self, done: bool) -> None:
-        """Let go; `done` says that the rank has been through all it was given."""
-        if not self._held.file.closed:
+        """Give the lock up; `done` tells that the rank went through all its images."""
+        if not self._file.closed:
             if done:
                 self.add(DONE)
-            with contextlib.suppress(OSError):  # What add could not write, and has said so, it would try again.
-                self._held.file.close()
+            self._file.close()
 
 
-def is_held(path: Path) -> bool:
-    """Return whether a living process holds a file."""
+def is_locked(path: Path) -> bool:
+    """Return whether a living process has locked a file.
+
+    Raises:
+        InputError: It is a link.
+        OSError: The file system does not tell.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        descriptor = no_link(str(path), os.O_RDONLY)
     except FileNotFoundError:
         return False
-    except OSError:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except OSError as error:
+        raise _no_locks(path, error) from error
+    finally:
+        os.close(descriptor)
     return False
 
 
-def hold(path: Path, others: list[Path]) -> Held:
-    """Hold a folder's lock, once the processes of a run that died have stopped.
-
-    Args:
-        path: The lock.
-        others: Files that such processes may still hold.
+def lock_folder(folder: Path) -> LockedFile:
+    """Lock an output folder, once the processes of a run that died have stopped.
 
     Raises:
         BusyError: Another run is at work, or some process of a dead one does not stop.
+        InputError: The folder's state, or a part of it, is a link.
+        OSError: The folder cannot be written, or its file system has no locks.
     """
-    try:
-        held = Held(path)
-    except BusyError as error:
-        raise BusyError(
-            f"{path.parent.parent} is in use by another extraction ({error}). "
-            "Wait until it has finished, or choose another output_dir."
-        ) from None
-    held.sign()
+    state = folder / STATE
+    while True:
+        made = [path for path in (folder, state) if not path.exists()]
+        if not state.is_symlink():
+            state.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = LockedFile(state / "lock")
+        except FileNotFoundError:  # A run that finished has just moved the state away.
+            continue
+        except BusyError as error:
+            raise BusyError(
+                f"{folder} is in use by another extraction ({error}). "
+                "Wait until it has finished, or choose another output_dir."
+            ) from None
+        except OSError:
+            with contextlib.suppress(OSError):
+                if state in made:
+                    (state / "lock").unlink(missing_ok=True)
+                for path in reversed(made):
+                    path.rmdir()
+            raise
+        break
+    lock.sign()
     end = time.monotonic() + PATIENCE
-    for other in others:
-        while is_held(other):
-            if time.monotonic() > end:
-                held.file.close()
-                raise BusyError(
-                    f"{other} is still held by a process of an earlier run, {PATIENCE:.0f} s after its first "
-                    "process ended. Stop it, then run the same command again."
-                )
-            time.sleep(0.2)
-    return held
+    try:
+        for journal in state.glob("rank-*.jsonl"):
+            while is_locked(journal):
+                if time.monotonic() > end:
+                    raise BusyError(
+                        f"{journal} is still locked by a process of an earlier run, {PATIENCE:.0f} s after its first "
+                        "process ended. Stop it, then run the same command again."
+                    )
+                time.sleep(0.2)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def remove_state(folder: Path, lock: LockedFile) -> None:
+    """Remove the state of a run, whose lock this process has, and give the lock up.
+
+    Under its own name the state is gone at once: on a network file system a file that is still open, such as the
+    lock, leaves a hidden one behind when it is removed, and a run that starts meanwhile must find all or nothing.
+    """
+    moved = folder / f"{STATE}.{uuid.uuid4().hex}"
+    (folder / STATE).rename(moved)
+    lock.close()
+    shutil.rmtree(moved, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove states that runs moved away and could not remove."""
+    for leftover in folder.glob(f"{STATE}.*"):
+        if not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def await_done(journals: list[Path]) -> None:
-    """Wait until each rank has been through all it was given. It may take hours, so nothing here times out.
+    """Wait until each rank went through all its images. It may take hours, so nothing here times out.
 
     Raises:
         RuntimeError: A rank's process ended before.
+        OSError: The file system no longer tells.
     """
     for journal in journals:
-        while is_held(journal):
+        while is_locked(journal):
             time.sleep(0.2)
         if not any(entry == DONE for entry in read_journal(journal)):
             raise RuntimeError(
                 f"{journal.stem} ended before it was through with its images. "
                 "What is finished is kept: run the same command again to go on."
             )
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _no_locks(path: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"{path} cannot be locked ({error.strerror}), so two runs could get into each other's way. "
+        "Choose an output_dir on a file system that has locks (flock).",
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
@@ -12,14 +14,23 @@ from pathlib import Path
 from torch import Tensor
 
 from detr_lightning.errors import IncompleteError, InputError
-from detr_lightning.extraction.journal import Held, Journal, await_done, hold, is_held
+from detr_lightning.extraction.journal import (
+    Journal,
+    LockedFile,
+    await_done,
+    is_locked,
+    lock_folder,
+    remove_state,
+    sweep,
+)
 from detr_lightning.extraction.previous import PreviousRun, read_previous, stamp
+from detr_lightning.format.archive import WholeFiles
 from detr_lightning.format.entries import ImageEntry, SkippedImage
-from detr_lightning.format.files import fsync_folder, is_whole, replacing, save_tensors, write_json
+from detr_lightning.format.files import fsync_folder, replacing, save_tensors, write_json
 from detr_lightning.format.keys import FeatureSizes
-from detr_lightning.format.names import METADATA, STATE, TEMPORARY, file_name
+from detr_lightning.format.names import METADATA, RUN, STATE, TEMPORARY, file_name
 from detr_lightning.format.schema import Metadata, RunRecord
-from detr_lightning.format.state import RUN, read_entries, run_to_json, token_of
+from detr_lightning.format.state import read_entries, run_to_json, token_of
 
 IF_EXISTS = ("resume", "overwrite", "error")
 """What `writer.if_exists` may be."""
@@ -55,7 +66,7 @@ class ExtractionRun:
         self.finished: dict[int, ImageEntry] = {}
         self.complete = False
         self._previous = PreviousRun()
-        self._lock: Held | None = None
+        self._lock: LockedFile | None = None
         self._journal: Journal | None = None
 
     @property
@@ -72,6 +83,11 @@ class ExtractionRun:
             ValueError: It holds another extraction, whose settings or images differ.
         """
         folder = self.folder
+        if folder.is_symlink() and not folder.exists():
+            raise FileNotFoundError(
+                f"output_dir {folder} is a link to {os.readlink(folder)}, which does not exist. "
+                "Make that folder, remove the link, or choose another output_dir."
+            )
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"output_dir {folder} is a file. Choose a folder, or remove the file.")
         self.finished, self.complete = {}, False
@@ -83,17 +99,18 @@ class ExtractionRun:
         previous = self._previous = read_previous(folder)
         if self.if_exists == "overwrite":
             return
+        whole = WholeFiles()
         self.finished = {
             image_id: entry
             for image_id, entry in previous.finished.items()
-            if is_whole(folder / file_name(image_id), entry.bytes)
+            if whole.is_whole(folder / file_name(image_id), entry.bytes)
         }
         if self.finished:
             self._refuse_other_settings()
             self._refuse_other_images()
         self.complete = (
             (folder / METADATA).exists()
-            and not (folder / STATE).exists()
+            and not (folder / STATE / RUN).exists()
             and not self.pending
             and self.failures.keys() <= previous.failed.keys()
         )
@@ -105,13 +122,24 @@ class ExtractionRun:
             BusyError: Another run is at work in the folder.
             OSError: The folder cannot be written.
         """
+        existed = self.folder.exists()
+        self._lock = lock_folder(self.folder)
+        try:
+            self._begin()
+        except BaseException:
+            self.release()
+            if not existed:
+                with contextlib.suppress(OSError):  # It is not empty.
+                    self.folder.rmdir()
+            raise
+
+    def _begin(self) -> None:
         state = self.folder / STATE
-        state.mkdir(parents=True, exist_ok=True)
-        self._lock = hold(state / "lock", list(state.glob("rank-*.jsonl")))
         if stamp(self.folder) != self._previous.stamp:
             self.inspect()  # Another run has begun, and ended, since.
         for leftover in (*self.folder.glob(TEMPORARY), *state.glob(TEMPORARY)):
             leftover.unlink(missing_ok=True)
+        sweep(self.folder)
         if self.if_exists == "overwrite" or self._previous.void:
             self._forget()
         with replacing(state / "done.jsonl") as file:
@@ -138,18 +166,13 @@ class ExtractionRun:
     def unseen(self, world_size: int) -> list[str | None]:
         """Return for each rank, all having joined, None or why this process would not see that it is alive."""
         journals = [self.folder / STATE / f"rank-{rank}.jsonl" for rank in range(world_size)]
-        return [
-            None
-            if is_held(journal)
-            else f"its lock on {journal} does not reach rank 0. Choose a file system with locks (flock) for all nodes."
-            for journal in journals
-        ]
+        return [_unseen(journal) for journal in journals]
 
     def save(self, image_id: int, tensors: Mapping[str, Tensor], features: FeatureSizes) -> int:
         """Write an image's file and then its entry; return the file's bytes. Any thread may call it."""
-        size = save_tensors(self.folder, image_id, tensors)
-        self._write(replace(self.images[image_id], features=features, bytes=size))
-        return size
+        saved = save_tensors(self.folder, image_id, tensors)
+        self._write(replace(self.images[image_id], features=features, bytes=saved.bytes, checksum=saved.checksum))
+        return saved.bytes
 
     def fail(self, image_id: int, reason: str) -> None:
         """Write down that an image was skipped."""
@@ -161,9 +184,12 @@ class ExtractionRun:
             self._journal.close(done)
 
     def release(self) -> None:
-        """Let go of the folder without finishing."""
-        if self._lock is not None:
-            self._lock.file.close()
+        """Give the folder up without finishing. A run that has not begun leaves nothing behind."""
+        if self._lock is not None and not self._lock.closed:
+            if (self.folder / STATE / RUN).exists():
+                self._lock.close()
+            else:
+                remove_state(self.folder, self._lock)
 
     def finish(self, world_size: int) -> Metadata:
         """Wait for all ranks, count, and write the metadata.
@@ -179,10 +205,11 @@ class ExtractionRun:
         await_done([state / f"rank-{rank}.jsonl" for rank in range(world_size)])
         entries, failed = read_entries(self.folder)
         failed |= self.failures
+        files = WholeFiles()
         whole = {
             image_id: entry
             for image_id, entry in entries.items()
-            if image_id in self.finished or is_whole(self.folder / file_name(image_id), entry.bytes)
+            if image_id in self.finished or files.is_whole(self.folder / file_name(image_id), entry.bytes)
         }
         missing = sorted(self.images.keys() - whole.keys() - failed.keys())
         if missing:
@@ -199,10 +226,10 @@ class ExtractionRun:
             failed=[failed[image_id] for image_id in sorted(failed.keys() - whole.keys())],
         )
         fsync_folder(self.folder)
-        write_json(self.folder / METADATA, metadata.to_json())
-        shutil.rmtree(state)
+        write_json(self.folder / METADATA, metadata.to_json(), checksum=True)
+        assert self._lock is not None, "begin comes first"
+        remove_state(self.folder, self._lock)
         fsync_folder(self.folder)
-        self.release()
         return metadata
 
     def _write(self, entry: ImageEntry | SkippedImage) -> None:
@@ -242,6 +269,15 @@ class ExtractionRun:
         (self.folder / METADATA).unlink(missing_ok=True)
         for image_id in self._previous.recorded:
             (self.folder / file_name(image_id)).unlink(missing_ok=True)
+
+
+def _unseen(journal: Path) -> str | None:
+    try:
+        if is_locked(journal):
+            return None
+    except OSError as error:
+        return str(error)
+    return f"its lock on {journal} does not reach rank 0. Choose a file system with locks (flock) for all nodes."
 
 
 def free_bytes(folder: Path) -> int:

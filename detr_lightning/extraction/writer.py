@@ -54,7 +54,7 @@ class EmbeddingWriter(BasePredictionWriter):
         super().__init__("batch")
         if not output_dir:
             raise SettingError("output_dir is empty. Name a folder; '.' is the one you are in.")
-        self.output_dir = Path(output_dir).expanduser()
+        self.output_dir = Path(output_dir).expanduser().absolute()  # A later chdir changes nothing.
         self.dtype = check_choice("writer.dtype", dtype, DTYPES)
         self.if_exists = check_choice("writer.if_exists", if_exists, IF_EXISTS)
         if threads < 1:

@@ -1,28 +1,35 @@
-"""Writing files whole or not at all, and telling a whole one."""
+"""Writing files whole or not at all."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
-import shutil
 import uuid
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from detr_lightning.format.names import file_name
 
+_JSON_CHECKSUM = b',\n  "checksum": '
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def save_tensors(folder: Path, image_id: int, tensors: Mapping[str, Tensor]) -> int:
+class Saved(NamedTuple):
+    """A file that was written."""
+
+    bytes: int
+    checksum: str
+
+
+def save_tensors(folder: Path, image_id: int, tensors: Mapping[str, Tensor]) -> Saved:
     """Write one image's tensors, so that its file appears whole or not at all, and survives a crash of the machine.
 
     The name itself survives a crash once `fsync_folder` was called, which may be done for many files at once.
@@ -33,7 +40,7 @@ def save_tensors(folder: Path, image_id: int, tensors: Mapping[str, Tensor]) -> 
         tensors: On any device, views included; each is stored contiguous, on the CPU and alone in its storage.
 
     Returns:
-        The file's size in bytes.
+        The file's size in bytes, and its checksum.
 
     Raises:
         OSError: The file cannot be written; a full disk names the path, the bytes needed and the bytes free.
@@ -45,20 +52,52 @@ def save_tensors(folder: Path, image_id: int, tensors: Mapping[str, Tensor]) -> 
     data = io.BytesIO()
     torch.save(owned, data)
     with replacing(path, data.tell()) as file:
-        return file.write(data.getbuffer())
+        return Saved(file.write(data.getbuffer()), checksum_of(data.getbuffer()))
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object like `save_tensors` writes tensors: a line for each key, and for each object of a list.
+def checksum_of(data: bytes | memoryview) -> str:
+    """Return what `checksum` records of a file: the first 16 hex digits of the sha256 of its bytes."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def write_json(path: Path, content: Mapping[str, Any], *, checksum: bool = False) -> None:
+    """Write a JSON object as `save_tensors` writes tensors: a line for each key, and for each object of a list.
+
+    Args:
+        path: The file; it is replaced if it is there.
+        content: The object.
+        checksum: End it with a `checksum` of all before, which `json_is_unchanged` checks.
 
     Raises:
         OSError: As for `save_tensors`.
         ValueError: A number that JSON does not know (NaN, infinity).
     """
     text = ",\n".join(f"  {json.dumps(key)}: {_json_value(value)}" for key, value in content.items())
-    data = f"{{\n{text}\n}}\n".encode()
+    data = f"{{\n{text}".encode()
+    if checksum:
+        data += _JSON_CHECKSUM + f'"{checksum_of(data)}"'.encode()
+    data += b"\n}\n"
     with replacing(path, len(data)) as file:
         file.write(data)
+
+
+def json_is_unchanged(data: bytes) -> bool:
+    """Return whether a JSON file still has the `checksum` that it ended with."""
+    end = data.rfind(_JSON_CHECKSUM)
+    return end >= 0 and data[end:] == _JSON_CHECKSUM + f'"{checksum_of(data[:end])}"\n}}\n'.encode()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is dense, contiguous and alone in its storage, as every tensor on disk is."""
+    dense = tensor.layout is torch.strided and not tensor.is_quantized
+    return dense and tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Return whether two plain tensors have the same dtype, shape and bytes: NaN equals itself, and -0.0 is not 0.0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def fsync_folder(folder: Path) -> None:
@@ -71,17 +110,6 @@ def fsync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
-
-
-def is_whole(path: Path, size: int | None) -> bool:
-    """Return whether a file has the size that was recorded for it and its zip directory reads; contents are not."""
-    try:
-        if os.stat(path).st_size != size:
-            return False
-        with zipfile.ZipFile(path):
-            return True
-    except (OSError, zipfile.BadZipFile):
-        return False
 
 
 @contextmanager
@@ -110,23 +138,30 @@ def replacing(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in _FULL:
-            free = shutil.disk_usage(path.parent).free
-            reason = os.strerror(error.errno)
-            raise OSError(
-                error.errno,
-                f"{reason}: {path} needs about {needed} bytes and the disk has {free} free. "
-                "Free some space or lift the limit, then run the same command again.",
-            ) from error
+            raise OSError(error.errno, _full(path, needed, error.errno)) from error
         raise
 
 
+def _full(path: Path, needed: int, number: int) -> str:
+    """Return the message for a file that does not fit: for lack of bytes, of inodes, or because of a limit."""
+    disk = os.statvfs(path.parent)
+    if number == errno.ENOSPC and disk.f_files and not disk.f_favail:
+        return (
+            f"{os.strerror(number)}: {path} cannot be created, for its file system has no inodes left: it holds "
+            "as many files as it can. Delete some, or choose an output_dir elsewhere, then run the same command again."
+        )
+    return (
+        f"{os.strerror(number)}: {path} needs about {needed} bytes and the disk has "
+        f"{disk.f_bavail * disk.f_frsize} free. Free some space or lift the limit, then run the same command again."
+    )
+
+
 def _own(tensor: Tensor, storages: set[int]) -> Tensor:
-    """Return the tensor contiguous, on the CPU and alone in its storage; copied only where it is not."""
-    tensor = tensor.detach().cpu().contiguous()
-    storage = tensor.untyped_storage()
-    if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
-        tensor = tensor.clone()
-    storages.add(tensor.untyped_storage().data_ptr())
+    """Return the tensor on the CPU, plain, and in a storage that no other tensor uses; copied only where it is not."""
+    tensor = tensor.detach().cpu()
+    if not is_plain(tensor) or tensor.data_ptr() in storages:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    storages.add(tensor.data_ptr())
     return tensor
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage
-from detr_lightning.format.names import ID_DIGITS, MAX_ID, METADATA, STATE
+from detr_lightning.format.files import json_is_unchanged
+from detr_lightning.format.names import ID_DIGITS, MAX_ID, METADATA, RUN, STATE
 from detr_lightning.format.schema import RunRecord, RunSettings, parse_categories
 
 _REQUIRED = ("image_ids", "num_images", "extract_type", "embedding_keys", "images")
@@ -25,6 +26,7 @@ class MetadataFile:
 
     Attributes:
         content: All of it, as JSON.
+        changed: Whether it was changed after it was written. Older metadata does not tell.
 
     Raises:
         InputError: It is not JSON, or another program's.
@@ -32,8 +34,9 @@ class MetadataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        data = path.read_bytes()
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not JSON ({error}). Restore it, or remove it and extract again.") from error
         missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
@@ -49,6 +52,7 @@ class MetadataFile:
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise InputError(f"{path}: embedding_keys is not a list of names.")
         self.content: dict[str, Any] = content
+        self.changed = "checksum" in content and not json_is_unchanged(data)
 
     @property
     def image_ids(self) -> list[int]:
@@ -159,7 +163,7 @@ def read_metadata(folder: Path, *, unfinished: bool = False) -> MetadataFile:
         problem = "is a file, not a folder" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"{folder} {problem}. Give the output folder of an extraction.")
     path = folder / METADATA
-    if (folder / STATE).exists() and not unfinished:
+    if (folder / STATE / RUN).exists() and not unfinished:
         raise FileNotFoundError(f"{folder} holds an unfinished extraction. Run the same command again to finish it.")
     if path.is_file():
         return MetadataFile(path)

@@ -12,6 +12,9 @@ METADATA = "metadata.json"
 STATE = ".extraction"
 """The subfolder of a run that has not finished; a finished folder has none."""
 
+RUN = "run.json"
+"""The file in it that a run writes when it begins: a folder is unfinished while it is there."""
+
 TEMPORARY = ".embedding_*.tmp"
 """Matches every temporary file of this format; what a dead run leaves of them is never read."""
 

@@ -1,8 +1,8 @@
-"""Reading one tensor out of a `.pt` file: only its own bytes, at a fraction of what `torch.load` costs.
+"""Reading one tensor out of a `.pt` file: only its own bytes, at a fraction of the cost of `torch.load`.
 
-A `.pt` file is a zip archive, uncompressed: a pickle that says which tensors there are, then each tensor's bytes. Files
-with the same tensors begin with the same bytes and have their tensors at the same places, so it is enough to ask torch
-once for each such beginning. A file whose beginning is new, or that is laid out in any other way, goes through torch.
+A `.pt` file is a zip archive, uncompressed: a pickle that describes the tensors, then each tensor's bytes. Files with
+the same tensors begin with the same bytes, have their tensors at the same places, and end with the same directory. So
+torch is asked once for each such kind of file. A file of a new kind, or laid out in any other way, goes through torch.
 """
 
 from __future__ import annotations
@@ -11,51 +11,79 @@ import io
 import sys
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from detr_lightning.errors import InputError
+from detr_lightning.format.archive import Directory, read_directory
+from detr_lightning.format.files import same_bytes
 
 
-class _Place(NamedTuple):
-    """Where files that begin with `head` hold a tensor."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where files of one kind hold a tensor."""
 
-    head: bytes
     header_at: int
     header: bytes
     dtype: torch.dtype
     shape: torch.Size
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Files with the same tensors: how they begin and end, and where their tensors are."""
+
+    head: bytes
+    directory: Directory
+    places: Mapping[str, _Place]
+
+    def read(self, file: io.FileIO, key: str) -> Tensor | None:
+        """Read a tensor of a file, or return None where the file is of another kind."""
+        place = self.places.get(key)
+        if place is None or not self.directory.is_of(file.fileno()):
+            return None
+        file.seek(0)
+        if file.read(len(self.head)) != self.head:
+            return None
+        file.seek(place.header_at)
+        if _without_checksum(file.read(len(place.header))) != place.header:
+            return None
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # older stubs of numpy do not call it a buffer
+        return tensor if file.readinto(buffer) == len(buffer) else None
+
+
 class TensorReader:
-    """Reads single tensors of many files, and remembers how the files are laid out. Threads may share one."""
+    """Reads tensors of many files, and remembers the kinds of files. Threads may share one."""
 
     def __init__(self) -> None:
-        self._places: defaultdict[tuple[str, int], list[_Place]] = defaultdict(list)
+        self._kinds: defaultdict[int, list[_Kind]] = defaultdict(list)
 
     def read(self, path: Path, key: str) -> Tensor:
         """Return one tensor of a file, with memory of its own.
 
         Raises:
             FileNotFoundError: The file is gone.
-            ValueError: The file is damaged, or lacks the key.
+            InputError: The file is damaged, or lacks the key.
         """
         with _explained(path), open(path, "rb", buffering=0) as file:
-            places = self._places[key, file.seek(0, io.SEEK_END)]
-            for place in places:
-                tensor = _read(file, place)
+            kinds = self._kinds[file.seek(0, io.SEEK_END)]
+            for kind in kinds:
+                tensor = kind.read(file, key)
                 if tensor is not None:
                     return tensor
-            tensors: dict[str, Tensor] = torch.load(path, weights_only=True, mmap=True)
+            directory, infos = read_directory(file)
+            tensors = _checked(torch.load(path, weights_only=True, mmap=True))
             if key not in tensors:
                 raise InputError(f"it holds no {key}, only {', '.join(tensors)}")
-            if found := _find(path, tensors, key):
-                places.append(found)
+            if found := _kind(file, directory, infos, tensors):
+                kinds.append(found)
             return tensors[key].clone()
 
 
@@ -64,47 +92,65 @@ def load(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: The file is gone.
-        ValueError: The file is damaged.
+        InputError: The file is damaged.
     """
-    with _explained(path):
-        tensors: dict[str, Tensor] = torch.load(path, weights_only=True)
-        return tensors
+    with _explained(path), open(path, "rb") as file:
+        read_directory(file)  # Refuses what would fill the memory.
+        file.seek(0)
+        return _checked(torch.load(file, weights_only=True))
 
 
-def _read(file: io.FileIO, place: _Place) -> Tensor | None:
-    """Read the tensor at a place, or return None where the file is laid out differently."""
+def _checked(content: object) -> dict[str, Tensor]:
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise InputError("it holds something else than a dict of tensors")
+    return content
+
+
+def _kind(
+    file: io.FileIO, directory: Directory, infos: list[zipfile.ZipInfo], tensors: dict[str, Tensor]
+) -> _Kind | None:
+    """Find out where a file holds the tensors that torch read, or return None where one is no plain copy of its bytes.
+
+    Raises:
+        InputError: Read by their places the tensors are not those that torch read: the file was made to deceive.
+    """
+    plain = all(
+        tensor.layout is torch.strided and not tensor.is_quantized and tensor.is_contiguous() and tensor.numel()
+        for tensor in tensors.values()
+    )
+    order = next((info for info in infos if info.filename.endswith("/byteorder")), None)
+    # One record for each tensor, in the order of their addresses in the memory map.
+    records = sorted((info for info in infos if "/data/" in info.filename), key=lambda info: info.header_offset)
+    if not plain or order is None or len(records) != len(tensors):
+        return None
+    if _content(file, order).decode() != sys.byteorder:
+        return None
+    names = sorted(tensors, key=lambda name: tensors[name].data_ptr())
+    places = {
+        name: _Place(record.header_offset, _header(file, record), tensors[name].dtype, tensors[name].shape)
+        for name, record in zip(names, records, strict=True)
+        if record.file_size == tensors[name].nbytes
+    }
     file.seek(0)
-    if file.read(len(place.head)) != place.head:
-        return None
-    file.seek(place.header_at)
-    if _without_checksum(file.read(len(place.header))) != place.header:
-        return None
-    tensor = torch.empty(place.shape, dtype=place.dtype)
-    buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # older stubs of numpy do not call it a buffer
-    return tensor if file.readinto(buffer) == len(buffer) else None
+    kind = _Kind(file.read(records[0].header_offset), directory, places)
+    for name in places:
+        tensor = kind.read(file, name)
+        if tensor is None or not same_bytes(tensor, tensors[name]):
+            raise InputError(f"{name} is not where the file's own directory has it")
+    return kind
 
 
-def _find(path: Path, tensors: dict[str, Tensor], key: str) -> _Place | None:
-    """Find the place of a tensor that torch mapped from a file, or None where it is not a plain copy of its bytes."""
-    tensor = tensors[key]
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        infos = {info.filename: info for info in archive.infolist()}
-        order = next((name for name in infos if name.endswith("/byteorder")), None)
-        if order is None or archive.read(order).decode() != sys.byteorder:
-            return None
-        # One record for each tensor, in the order of their addresses in the memory map.
-        records = sorted((i for name, i in infos.items() if "/data/" in name), key=lambda info: info.header_offset)
-        names = sorted(tensors, key=lambda name: tensors[name].data_ptr())
-        if len(records) != len(names) or not tensor.is_contiguous() or tensor.numel() == 0:
-            return None
-        record = records[names.index(key)]
-        if record.compress_type != zipfile.ZIP_STORED or record.file_size != tensor.nbytes:
-            return None
-        head = file.read(records[0].header_offset)
-        file.seek(record.header_offset)
-        header = file.read(30)  # A record's header has a fixed part, which ends with the lengths of the other two.
-        header += file.read(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"))
-    return _Place(head, record.header_offset, _without_checksum(header), tensor.dtype, tensor.shape)
+def _header(file: io.FileIO, record: zipfile.ZipInfo) -> bytes:
+    file.seek(record.header_offset)
+    header = file.read(30)  # A record's header has a fixed part, which ends with the lengths of the other two.
+    header += file.read(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"))
+    return _without_checksum(header)
+
+
+def _content(file: io.FileIO, record: zipfile.ZipInfo) -> bytes:
+    header = _header(file, record)
+    file.seek(record.header_offset + len(header))
+    return file.read(record.file_size)
 
 
 def _without_checksum(header: bytes) -> bytes:
@@ -114,8 +160,8 @@ def _without_checksum(header: bytes) -> bytes:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn what torch and zipfile raise into errors that name the file and what to do."""
-    advice = f"`python -m detr_lightning.store verify {path.parent}` lists what is wrong in the folder."
+    """Turn the errors of torch and zipfile into errors that name the file and what to do."""
+    advice = f"`detr-lightning verify {path.parent}` lists what is wrong in the folder."
     try:
         yield
     except FileNotFoundError as error:
@@ -123,4 +169,5 @@ def _explained(path: Path) -> Iterator[None]:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch has no type of its own for what it cannot read.
-        raise InputError(f"{path} does not read: torch finds no whole file there. {advice}") from error
+        reason = str(error) if isinstance(error, InputError) else "torch finds no whole file there"
+        raise InputError(f"{path} does not read: {reason}. {advice}") from error

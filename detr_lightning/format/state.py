@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,8 @@ from typing import Any
 
 from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage
-from detr_lightning.format.names import STATE, is_image_id
+from detr_lightning.format.names import RUN, STATE, is_image_id
 from detr_lightning.format.schema import RunRecord, RunSettings
-
-RUN = "run.json"
-"""The file in `.extraction` that a run writes when it begins."""
 
 DONE = {"done": True}
 """The last line of a rank's journal, once the rank went through all its images."""
@@ -61,7 +59,8 @@ def read_run(folder: Path) -> RunState | None:
     """
     path = folder / STATE / RUN
     try:
-        data = path.read_bytes()
+        with open(path, "rb", opener=no_link) as file:
+            data = file.read()
     except FileNotFoundError:
         return None
     try:
@@ -77,6 +76,22 @@ def read_run(folder: Path) -> RunState | None:
         ) from error
 
 
+def no_link(path: str, flags: int) -> int:
+    """Open a file of a run's state, as an `opener` of `open`.
+
+    Raises:
+        InputError: It is a link, or lies in a linked folder.
+        OSError: It cannot be opened.
+    """
+    if not os.path.islink(os.path.dirname(path)):
+        try:
+            return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+        except OSError:
+            if not os.path.islink(path):
+                raise
+    raise InputError(f"{path} is or lies in a link, where the state of a run belongs. Remove the link.")
+
+
 def token_of(folder: Path) -> str | None:
     """Return the token of the run that last began in a folder and has not finished."""
     run = read_run(folder)
@@ -85,7 +100,7 @@ def token_of(folder: Path) -> str | None:
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """Yield a journal's entries; the last line of a killed process may be torn, and is left out."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8", errors="replace", opener=no_link) as file:
         for line in file:
             try:
                 entry = json.loads(line)

@@ -41,7 +41,7 @@ class EmbeddingStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder: Path | None = Path(folder).expanduser()
+        self.folder: Path | None = Path(folder).expanduser().absolute()
         self.name = str(self.folder)
         self.metadata_file = read_metadata(self.folder)
         self._tensors: Tensors = FileTensors(self.folder)

@@ -17,20 +17,25 @@ from rich.table import Table
 from torch import Tensor
 
 from detr_lightning.errors import InputError
+from detr_lightning.format.archive import read_directory
 from detr_lightning.format.entries import ImageEntry
+from detr_lightning.format.files import checksum_of, is_plain, same_bytes
 from detr_lightning.format.keys import DTYPES, EXTRACT_TYPES, KEYS, SPATIAL, ModelShape, dtype_of, shape_of
 from detr_lightning.format.metadata import MetadataFile
-from detr_lightning.format.names import METADATA, TEMPORARY, image_id_of
+from detr_lightning.format.names import METADATA, STATE, TEMPORARY, file_name, image_id_of
 from detr_lightning.parallel import in_threads
 from detr_lightning.store.store import EmbeddingStore
+
+UNIT_RANGE = ("pred_boxes", "cross_attention")
+"""Keys whose values are in `[0, 1]`."""
 
 
 def verify(folder: str | os.PathLike[str], workers: int | None = None, progress: bool | None = None) -> list[str]:
     """Read all that a folder holds and return what is wrong with it.
 
-    Checked are, for each image, the file's size and checksums, its keys and their order, shapes, dtypes, that all
-    values are finite, and that `query_embeddings` are the last layer of `decoder_output`; for the folder, that its
-    metadata is complete and agrees with itself, and that no file is missing or does not belong there.
+    For each image this checks the file's size and checksums, its keys and their order, shapes, dtypes, that all values
+    are finite and in their range, and that `query_embeddings` are the last layer of `decoder_output`; for the folder,
+    that its metadata is complete, unchanged and agrees with itself, and that no file is missing or does not belong.
 
     Args:
         folder: The output folder of an extraction.
@@ -43,17 +48,30 @@ def verify(folder: str | os.PathLike[str], workers: int | None = None, progress:
     try:
         store = EmbeddingStore(folder)
     except (OSError, ValueError) as error:
-        return [str(error)]
+        return [_printable(str(error))]
     metadata = store.metadata_file
-    problems = [*_metadata_problems(metadata), *_folder_problems(store)]
+    problems = [*_guarded(METADATA, _metadata_problems(metadata)), *_guarded("folder", _folder_problems(store))]
     expected = _Expected.of(metadata)
 
     def check(image_id: int) -> list[str]:
-        return list(_file_problems(store, expected, image_id))
+        return list(_guarded(file_name(image_id), _file_problems(store, expected, image_id)))
 
     for found in in_threads(check, metadata.image_ids, workers or os.cpu_count() or 1, "Verifying", progress):
         problems.extend(found)
-    return problems
+    return list(map(_printable, problems))
+
+
+def _guarded(name: str, problems: Iterator[str]) -> Iterator[str]:
+    """Yield problems; a check that fails is one too, for what is damaged can be anything."""
+    try:
+        yield from problems
+    except Exception as error:
+        yield f"{name}: cannot be checked ({type(error).__name__}: {str(error)[:200]})."
+
+
+def _printable(text: str) -> str:
+    """Return text that any console can print: names of files may hold bytes that are no characters."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def summary(folder: str | os.PathLike[str]) -> Group:
@@ -120,11 +138,13 @@ class _Expected:
 
 def _metadata_problems(metadata: MetadataFile) -> Iterator[str]:
     ids, keys = metadata.image_ids, metadata.embedding_keys
+    if metadata.changed:
+        yield f"{METADATA}: was changed after it was written: its checksum does not fit."
     if metadata.num_images != len(ids):
         yield f"{METADATA}: num_images is {metadata.num_images}, image_ids lists {len(ids)}."
     if ids != sorted(set(ids)):
         yield f"{METADATA}: image_ids are not ascending, or one is there twice."
-    if metadata.extract_type not in EXTRACT_TYPES:
+    if metadata.extract_type not in list(EXTRACT_TYPES):
         yield f"{METADATA}: extract_type is {metadata.extract_type!r}, none of {', '.join(EXTRACT_TYPES)}."
     if unknown := [key for key in keys if key not in KEYS]:
         yield f"{METADATA}: embedding_keys names {', '.join(unknown)}, which this version does not know."
@@ -144,7 +164,9 @@ def _metadata_problems(metadata: MetadataFile) -> Iterator[str]:
 def _folder_problems(store: EmbeddingStore) -> Iterator[str]:
     for name in sorted(entry.name for entry in os.scandir(store.folder)):
         image_id = image_id_of(name)
-        if Path(name).match(TEMPORARY):
+        if name.startswith(f"{STATE}.") or name == STATE:
+            yield f"{name}: the state of a run that has finished. It can be deleted."
+        elif Path(name).match(TEMPORARY):
             yield f"{name}: a temporary file that a killed run left. It can be deleted."
         elif image_id is not None and image_id not in store:
             yield f"{name}: its image is not in {METADATA}."
@@ -156,43 +178,82 @@ def _file_problems(store: EmbeddingStore, expected: _Expected, image_id: int) ->
     path = store.path(image_id)
     name = path.name
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        yield f"{name}: missing."
-        return
-    except OSError as error:
-        yield f"{name}: cannot be read ({error.strerror})."
-        return
-    try:
         entry = store.entry(image_id)
     except InputError as error:
         yield str(error)
         return
-    if entry.bytes != len(data):
-        yield f"{name}: has {len(data)} bytes, {METADATA} has {entry.bytes}."
+    try:
+        data = _read(path, entry)
+        if entry.bytes != len(data):
+            yield f"{name}: has {len(data)} bytes, {METADATA} has {entry.bytes}."
+        tensors = _load(data)
+    except InputError as error:
+        yield f"{name}: {error}."
+        return
+    if entry.checksum is not None and checksum_of(data) != entry.checksum:
+        yield f"{name}: is not the file that was written: its checksum is another than in {METADATA}."
+    if tuple(tensors) != store.embedding_keys:
+        yield f"{name}: its keys are {', '.join(map(str, tensors))}; expected {', '.join(store.embedding_keys)}."
+    for key, tensor in tensors.items():
+        for problem in _tensor_problems(expected, entry, key, tensor):
+            yield f"{name}: {key} {problem}."
+    if all(map(is_plain, tensors.values())):
+        for problem in _problems_together(store, image_id, tensors):
+            yield f"{name}: {problem}."
+
+
+def _read(path: Path, entry: ImageEntry) -> bytes:
+    """Return a file's bytes, and no more of them than were recorded.
+
+    Raises:
+        InputError: It is a link or longer than recorded, or cannot be read; the message is to follow its name.
+    """
+    if path.is_symlink():
+        raise InputError(f"is a link to {os.readlink(path)}, no file of its own")
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if entry.bytes is not None and size > entry.bytes:
+                raise InputError(f"has {size} bytes, {METADATA} has {entry.bytes}")
+            return file.read()
+    except FileNotFoundError:
+        raise InputError("missing") from None
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})") from error
+
+
+def _load(data: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a file.
+
+    Raises:
+        InputError: It is damaged, or holds something else; the message is to follow its name.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            read_directory(io.BytesIO(data))  # Refuses what would fill the memory.
             damaged = archive.testzip()
         tensors = torch.load(io.BytesIO(data), weights_only=True)
     except Exception as error:  # A damaged file makes zipfile and torch raise nearly anything.
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        yield f"{name}: damaged, does not load ({reason})."
-        return
+        raise InputError(f"damaged, does not load ({reason})") from error
     if damaged is not None:
-        yield f"{name}: damaged, the checksum of {damaged} is wrong."
-        return
+        raise InputError(f"damaged, the checksum of {damaged} is wrong")
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        yield f"{name}: not a dict of tensors."
-        return
-    if tuple(tensors) != store.embedding_keys:
-        yield f"{name}: its keys are {', '.join(tensors)}; expected {', '.join(store.embedding_keys)}."
-    for key, tensor in tensors.items():
-        for problem in _tensor_problems(expected, entry, key, tensor):
-            yield f"{name}: {key} {problem}."
+        raise InputError("not a dict of tensors")
+    return tensors
+
+
+def _problems_together(store: EmbeddingStore, image_id: int, tensors: dict[str, Tensor]) -> Iterator[str]:
+    addresses = [tensor.data_ptr() for tensor in tensors.values() if tensor.numel()]
+    if len(set(addresses)) < len(addresses):
+        yield "two tensors share one storage"
+    for key in store.embedding_keys:
+        if key in tensors and not same_bytes(store.load(image_id, key), tensors[key]):
+            yield f"{key} is not where the file's own directory has it"
     if "decoder_output" in tensors and "query_embeddings" in tensors:
         decoder, queries = tensors["decoder_output"], tensors["query_embeddings"]
         if not (decoder.ndim and len(decoder) and torch.equal(decoder[-1], queries)):
-            yield f"{name}: query_embeddings are not the last layer of decoder_output."
+            yield "query_embeddings are not the last layer of decoder_output"
 
 
 def _tensor_problems(expected: _Expected, entry: ImageEntry, key: str, tensor: Tensor) -> Iterator[str]:
@@ -204,7 +265,9 @@ def _tensor_problems(expected: _Expected, entry: ImageEntry, key: str, tensor: T
         yield f"has the shape {list(tensor.shape)}, expected {list(shape)}"
     if expected.dtype is not None and tensor.dtype != (dtype := dtype_of(key, expected.dtype)):
         yield f"is {tensor.dtype}, expected {dtype}"
-    if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
+    if not is_plain(tensor):
         yield "is not contiguous in a storage of its own"
-    if not torch.isfinite(tensor).all():
+    elif not torch.isfinite(tensor).all():
         yield "has values that are not finite"
+    elif key in UNIT_RANGE and tensor.numel() and not 0 <= tensor.min() <= tensor.max() <= 1:
+        yield f"has values from {tensor.min():.4g} to {tensor.max():.4g}, outside of [0, 1]"

@@ -11,10 +11,18 @@ from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.keys import FeatureSizes
 from detr_lightning.format.schema import ModelRecord, RunRecord, RunSettings
 
+ARCHITECTURE = {
+    "block": "basic",
+    "hidden_dim": 3,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "num_queries": 1,
+    "num_logits": 2,
+}
 RECORD = RunRecord(
     extract_type="decoder",
     settings=RunSettings(
-        model=ModelRecord(weights="tiny", sha256="0", architecture={}),
+        model=ModelRecord(weights="tiny", sha256="0", architecture=ARCHITECTURE),
         keys=("query_embeddings",),
         dtype="float32",
         preprocessing={},
@@ -33,7 +41,7 @@ def extract(folder: Path, ids: list[int], if_exists: str = "resume") -> Extracti
         run.begin()
         run.join(0)
         for entry in run.pending:
-            tensors = {"query_embeddings": torch.full((3,), float(entry.image_id))}
+            tensors = {"query_embeddings": torch.full((1, 3), float(entry.image_id))}
             run.save(entry.image_id, tensors, FeatureSizes.single((1, 1)))
         run.leave(done=True)
         run.finish(1)

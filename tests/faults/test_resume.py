@@ -16,7 +16,8 @@ from harness import Job, Zygote, contents, differences, message, slow, until
 
 from detr_lightning.data import loading
 from detr_lightning.errors import BusyError
-from detr_lightning.extraction.journal import Journal, hold
+from detr_lightning.extraction.journal import Journal, lock_folder
+from detr_lightning.format.entries import ImageEntry
 
 Run = Callable[..., Any]
 
@@ -188,7 +189,7 @@ def test_metadata_that_lacks_something(run_cli: Run, coco_folder: Coco, out: Pat
         assert len(contents(out)) == 8
     else:
         assert ran.code == 1
-        assert "does not say with which settings" in message(ran.err)
+        assert "does not record with which settings" in message(ran.err)
 
 
 def test_if_exists_error(run_cli: Run, coco_folder: Coco, tmp_path: Path) -> None:
@@ -262,23 +263,24 @@ def test_a_damaged_state_names_its_file(tmp_path: Path) -> None:
 
 def test_a_run_that_came_and_went_since_the_plan_is_noticed(tmp_path: Path) -> None:
     late = extract(tmp_path / "a", [])
-    late.folder, late.images = tmp_path, {1: {"id": 1, "file_name": "1.jpg", "width": 8, "height": 8}}
+    late.folder, late.images = tmp_path, {1: ImageEntry(1, "1.jpg", 8, 8, (8, 8))}
     late.inspect()
     extract(tmp_path, [1, 2])
     late.begin()
     assert sorted(late.finished) == [1, 2]
     late.join(0)
     late.leave(done=True)
-    assert late.finish(1)["image_ids"] == [1, 2]
+    assert [entry.image_id for entry in late.finish(1).images] == [1, 2]
 
 
 def test_a_run_waits_for_the_journals_of_a_dead_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal(tmp_path / "rank-1.jsonl")
+    (tmp_path / ".extraction").mkdir()
+    journal = Journal(tmp_path / ".extraction" / "rank-1.jsonl")
     monkeypatch.setattr("detr_lightning.extraction.journal.PATIENCE", 0.5)
-    with pytest.raises(BusyError, match="still held by a process of an earlier run"):
-        hold(tmp_path / "lock", [tmp_path / "rank-1.jsonl"])
+    with pytest.raises(BusyError, match="still locked by a process of an earlier run"):
+        lock_folder(tmp_path)
     journal.close(done=False)
-    hold(tmp_path / "lock", [tmp_path / "rank-1.jsonl"]).file.close()
+    lock_folder(tmp_path).close()
 
 
 def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +289,7 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     with pytest.raises(OSError, match=r"lock cannot be locked \(Function not implemented\)"):
-        hold(tmp_path / "lock", [])
+        lock_folder(tmp_path)
 
 
 @pytest.mark.slow

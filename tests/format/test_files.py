@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from detr_lightning.format import files, names
+from detr_lightning.format.archive import WholeFiles
 
 
 def test_names_and_ids() -> None:
@@ -37,7 +38,7 @@ def test_tensors_come_back_and_own_exactly_their_storage(tmp_path: Path) -> None
         "turned": torch.randn(3, 5).T,
         "half": torch.randn(3).half(),
     }
-    size = files.save_tensors(tmp_path, 7, tensors)
+    size = files.save_tensors(tmp_path, 7, tensors).bytes
     path = tmp_path / names.file_name(7)
     assert path.stat().st_size == size
     read = torch.load(path)
@@ -115,17 +116,17 @@ def test_json_is_read_back_and_has_a_line_for_each_image(tmp_path: Path) -> None
 
 
 def test_whole_files(tmp_path: Path) -> None:
-    size = files.save_tensors(tmp_path, 7, {"a": torch.ones(1000)})
+    size = files.save_tensors(tmp_path, 7, {"a": torch.ones(1000)}).bytes
     path = tmp_path / names.file_name(7)
-    assert files.is_whole(path, size)
-    assert not files.is_whole(path, size + 1)
-    assert not files.is_whole(tmp_path / names.file_name(8), size)
+    assert WholeFiles().is_whole(path, size)
+    assert not WholeFiles().is_whole(path, size + 1)
+    assert not WholeFiles().is_whole(tmp_path / names.file_name(8), size)
     data = path.read_bytes()
     path.write_bytes(data[:-1])
-    assert not files.is_whole(path, size)
+    assert not WholeFiles().is_whole(path, size)
     path.write_bytes(b"x" * size)
-    assert not files.is_whole(path, size)
-    assert not files.is_whole(tmp_path, tmp_path.stat().st_size)
+    assert not WholeFiles().is_whole(path, size)
+    assert not WholeFiles().is_whole(tmp_path, tmp_path.stat().st_size)
 
 
 def test_the_folder_is_synced(tmp_path: Path) -> None:

@@ -245,8 +245,11 @@ def test_folders_that_are_no_finished_extraction(tmp_path: Path) -> None:
         EmbeddingStore(tmp_path / "file")
     store = make_store(tmp_path / "store")
     (store.folder / names.STATE).mkdir()
+    assert len(EmbeddingStore(store.folder)) == 4
+    (store.folder / names.STATE / names.RUN).touch()
     with pytest.raises(FileNotFoundError, match=r"unfinished.*Run the same command again"):
         EmbeddingStore(store.folder)
+    (store.folder / names.STATE / names.RUN).unlink()
     (store.folder / names.STATE).rmdir()
     (store.folder / names.METADATA).unlink()
     with pytest.raises(FileNotFoundError, match=r"unfinished.*Run the same command again"):

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ from store_factory import annotations_of, edit_metadata, make_store
 
 from detr_lightning.format import files, names
 from detr_lightning.format.keys import EXTRACT_TYPES, KEYS
+from detr_lightning.format.reader import TensorReader
 from detr_lightning.store import EmbeddingStore
 from detr_lightning.store.__main__ import main
 from detr_lightning.store.verify import verify
@@ -26,9 +30,9 @@ def resave(store: EmbeddingStore, image_id: int, change: Callable[[dict[str, tor
     """Write an image's file again, changed, with its new size in the metadata: only the content is wrong."""
     tensors = store[image_id]
     change(tensors)
-    size = files.save_tensors(store.folder, image_id, tensors)
+    saved = files.save_tensors(store.folder, image_id, tensors)._asdict()
     images = store.metadata["images"]
-    edit_metadata(store.folder, images=[i | {"bytes": size} if i["id"] == image_id else i for i in images])
+    edit_metadata(store.folder, images=[i | saved if i["id"] == image_id else i for i in images])
 
 
 def without(name: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -169,3 +173,173 @@ def test_the_summary(store: EmbeddingStore, capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     for part in ("images", "decoder_output", "[3, 10, 16]", "[80, 16]", "random", "32-true", "b[a]d.jpg: truncated"):
         assert part in text
+
+
+def test_exchanged_contents_are_found(store: EmbeddingStore) -> None:
+    first, other = store.path(7), store.path(27)  # of one size
+    contents = first.read_bytes(), other.read_bytes()
+    assert len(contents[0]) == len(contents[1])
+    first.write_bytes(contents[1])
+    other.write_bytes(contents[0])
+    message = "is not the file that was written: its checksum is another than in metadata.json."
+    assert verify(store.folder) == [f"{path.name}: {message}" for path in (first, other)]
+    other.write_bytes(contents[1])
+    assert verify(store.folder) == [f"{first.name}: {message}"]
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in store[7].items()}
+    files.save_tensors(store.folder, 7, zeros)
+    assert verify(store.folder) == [f"{first.name}: {message}"]
+
+
+def test_a_file_recorded_without_a_checksum_is_no_finding(store: EmbeddingStore) -> None:
+    images = [without("checksum", image) for image in store.metadata["images"]]
+    edit_metadata(store.folder, images=images)
+    assert verify(store.folder) == []
+
+
+@pytest.mark.parametrize("change", [("640", "641"), ('"dog"', '"cat"'), ('"width"', '"width" ')])
+def test_edited_metadata_is_found(store: EmbeddingStore, change: tuple[str, str]) -> None:
+    path = store.folder / names.METADATA
+    text = path.read_text()
+    assert change[0] in text
+    path.write_text(text.replace(*change))
+    assert verify(store.folder) == ["metadata.json: was changed after it was written: its checksum does not fit."]
+
+
+def test_values_outside_of_their_range(store: EmbeddingStore) -> None:
+    resave(store, 27, lambda tensors: tensors["pred_boxes"].__setitem__((0, 0), 1.5))
+    assert len(problems := verify(store.folder)) == 1
+    assert "pred_boxes has values from " in problems[0]
+    assert "to 1.5, outside of [0, 1]" in problems[0]
+
+
+def overwrite(store: EmbeddingStore, image_id: int, content: object) -> None:
+    """Write any content by torch itself, with its size in the metadata."""
+    torch.save(content, store.path(image_id))
+    size = store.path(image_id).stat().st_size
+    images = [without("checksum", image) for image in store.metadata["images"]]
+    edit_metadata(store.folder, images=[i | {"bytes": size} if i["id"] == image_id else i for i in images])
+
+
+def odd_contents() -> dict[str, object]:
+    deep: object = []
+    for _ in range(50):
+        deep = [deep]
+    with warnings.catch_warnings():  # torch advises against some of these.
+        warnings.simplefilter("ignore")
+        quantised = torch.quantize_per_tensor(torch.rand(10, 16), 0.1, 0, torch.quint8)
+        compressed = torch.eye(10).to_sparse_csr()
+    return {
+        "strides": {"query_embeddings": torch.rand(16, 10).T},
+        "a view": {"query_embeddings": torch.rand(20, 16)[:10]},
+        "sparse": {"query_embeddings": torch.eye(10).to_sparse()},
+        "compressed sparse": {"query_embeddings": compressed},
+        "quantised": {"query_embeddings": quantised},
+        "complex": {"query_embeddings": torch.rand(10, 16, dtype=torch.complex64)},
+        "empty": {"query_embeddings": torch.empty(0, 16)},
+        "scalar": {"decoder_output": torch.tensor(1.0), "query_embeddings": torch.tensor(1.0)},
+        "bool": {"pred_boxes": torch.ones(10, 4, dtype=torch.bool)},
+        "integer keys": {1: torch.rand(3)},
+        "nested": {"query_embeddings": deep},
+        "nothing": {},
+        "a list": [torch.rand(3)],
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", odd_contents())
+def test_any_content_is_a_finding_and_never_a_traceback(store: EmbeddingStore, name: str) -> None:
+    overwrite(store, 17, odd_contents()[name])
+    problems = verify(store.folder)
+    assert problems
+    assert all("017.pt: " in problem for problem in problems), problems
+    assert not any("cannot be checked" in problem for problem in problems), problems
+    try:
+        store.load(17, "query_embeddings")
+    except (ValueError, KeyError) as error:
+        assert "017" in str(error)  # noqa: PT017 - some of them read
+
+
+def test_shared_storage_is_a_finding(store: EmbeddingStore) -> None:
+    tensors = store[17]
+    tensors["query_embeddings"] = tensors["decoder_output"][-1]
+    overwrite(store, 17, tensors)
+    assert any("query_embeddings is not contiguous in a storage of its own" in line for line in verify(store.folder))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_ids": [1e400]},
+        {"categories": [1]},
+        {"categories": {"one": "a"}},
+        {"model": {"weights": "a", "sha256": "b", "architecture": {"num_queries": [1]}}},
+        {"extract_type": []},
+        {"num_images": {}},
+        {"failed": 3},
+        {"embedding_keys": ["a\ud800"]},
+        {"images": [{"id": i, "file_name": "\ud800", "width": 10**30, "height": -1} for i in (7, 17, 27, 37)]},
+        {"config": {"data": 3}},
+        {"preprocessing": None, "dtype": 3},
+        {"min_score": "high"},
+    ],
+)
+def test_odd_metadata_is_a_finding_and_never_a_traceback(
+    store: EmbeddingStore, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_metadata(store.folder, **change)
+    problems = verify(store.folder)
+    assert change in ({"failed": 3}, {"config": {"data": 3}}) or problems
+    assert main(["verify", str(store.folder)]) == (1 if problems else 0)
+    assert main(["summary", str(store.folder)]) in (0, 1)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_deeply_nested_metadata_is_an_error(store: EmbeddingStore) -> None:
+    path = store.folder / names.METADATA
+    path.write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    assert "is not JSON" in verify(store.folder)[0]
+
+
+def test_a_zip_bomb_is_not_unpacked(store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = store.path(17)
+    with zipfile.ZipFile(path) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, bytes(50_000_000) if name.endswith("/data/0") else content)
+    images = store.metadata["images"]
+    size = {"bytes": path.stat().st_size}
+    edit_metadata(store.folder, images=[without("checksum", i) | (size if i["id"] == 17 else {}) for i in images])
+    monkeypatch.setattr(zipfile.ZipFile, "open", None)
+    monkeypatch.setattr(torch, "load", None)
+    for read in (lambda: store[17], lambda: store.load(17, "pred_boxes")):
+        with pytest.raises(ValueError, match="is compressed"):
+            read()
+    monkeypatch.undo()
+    (problem,) = verify(store.folder)
+    assert "is compressed" in problem
+
+
+def test_a_file_is_not_read_past_its_recorded_size(store: EmbeddingStore) -> None:
+    path = store.path(17)
+    recorded = path.stat().st_size
+    os.truncate(path, 10**12)
+    assert verify(store.folder) == [f"{path.name}: has {10**12} bytes, metadata.json has {recorded}."]
+
+
+def test_a_file_that_two_readers_would_read_differently_is_believed_by_neither(store: EmbeddingStore) -> None:
+    """Two records change places in the zip directory: torch follows it, and so must the fast reader."""
+    store.load(7, "pred_logits")  # The fast reader knows this kind of file now.
+    keys = {"a": torch.zeros(5, 5), "b": torch.ones(5, 5)}
+    torch.save(keys, path := store.folder / "crafted.pt")
+    reader = TensorReader()
+    assert reader.read(path, "a").sum() == 0
+    data = path.read_bytes()
+    start = data.index(b"PK\x01\x02")
+    first, second = (data.index(f"/data/{number}".encode(), start) for number in (0, 1))
+    swapped = bytearray(data)
+    swapped[first + 6], swapped[second + 6] = data[second + 6], data[first + 6]
+    path.write_bytes(swapped)
+    for fast in (reader, TensorReader()):
+        with contextlib.suppress(ValueError):
+            assert torch.equal(fast.read(path, "a"), torch.load(path)["a"])

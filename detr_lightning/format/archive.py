@@ -1,0 +1,99 @@
+"""The zip directory of a `.pt` file: whether a file is whole, and whether it is laid out like another one.
+
+A `.pt` file is a zip archive, uncompressed, with its directory at the end. Files with the same tensors have the same
+directory, up to the checksums in it: so it is parsed once for each kind of file, and compared byte by byte otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import zipfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from detr_lightning.errors import InputError
+
+_ENTRY = b"PK\x01\x02"
+_ENTRY_BYTES = 46
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """The zip directory of files of one size, without the checksums in it.
+
+    Attributes:
+        start: Where in a file it begins; it ends with the file.
+        content: Its bytes, with zeros for checksums.
+        checksums: The places of the checksums, counted from `start`.
+    """
+
+    start: int
+    content: bytes
+    checksums: tuple[int, ...]
+
+    def is_of(self, descriptor: int) -> bool:
+        """Return whether a file of the right size has this directory."""
+        content = bytearray(os.pread(descriptor, len(self.content) + 1, self.start))
+        for place in self.checksums:
+            content[place : place + 4] = bytes(4)
+        return content == self.content
+
+
+def read_directory(file: BinaryIO) -> tuple[Directory, list[zipfile.ZipInfo]]:
+    """Parse a file's zip directory.
+
+    Raises:
+        InputError: A part of the archive is compressed or larger than the file: torch writes none such, and
+            unpacking it could fill the memory.
+        Exception: Of nearly any type, where there is no zip directory.
+    """
+    with zipfile.ZipFile(file) as archive:
+        infos, start = archive.infolist(), archive.start_dir
+    size = file.seek(0, os.SEEK_END)
+    for info in infos:
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise InputError(f"{info.filename} in it is compressed")
+    if sum(info.file_size for info in infos) > size:
+        raise InputError("its parts are larger than itself")
+    file.seek(start)
+    content = bytearray(file.read())
+    checksums, place = [], 0
+    while content[place : place + 4] == _ENTRY:
+        checksums.append(place + 16)
+        content[place + 16 : place + 20] = bytes(4)
+        lengths = (int.from_bytes(content[place + at : place + at + 2], "little") for at in (28, 30, 32))
+        place += _ENTRY_BYTES + sum(lengths)
+    return Directory(start, bytes(content), tuple(checksums)), infos
+
+
+class WholeFiles:
+    """Tells whole files from others, and remembers the directories it has parsed."""
+
+    def __init__(self) -> None:
+        self._known: defaultdict[int, list[Directory]] = defaultdict(list)
+
+    def is_whole(self, path: Path, size: int | None) -> bool:
+        """Return whether a file has the size recorded for it and its zip directory reads; contents are not read.
+
+        A link is not whole, whatever it leads to.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            status = os.fstat(descriptor)
+            if status.st_size != size or not stat.S_ISREG(status.st_mode):
+                return False
+            known = self._known[size]
+            if not any(directory.is_of(descriptor) for directory in known):
+                with open(descriptor, "rb", closefd=False) as file:
+                    known.append(read_directory(file)[0])
+        except Exception:  # A damaged directory makes zipfile raise nearly anything.
+            return False
+        finally:
+            os.close(descriptor)
+        return True
