@@ -1,14 +1,17 @@
-"""The notebooks are committed without outputs and run from the first cell to the last; the README's pictures."""
+"""The notebooks have no outputs and run from the first cell to the last; the README's pictures can be made again."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from jupyter_client import KernelManager
+from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,14 +23,26 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHARED = ROOT.parent / "shared"
 
 
-def execute(path: Path, folder: Path, **values: Any) -> nbformat.NotebookNode:
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelManager]:
+    """One kernel for all notebooks: starting one, and importing everything in it, takes longer than they do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+        manager, client = start_new_kernel(kernel_name="python3")
+    client.stop_channels()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+def execute(kernel: KernelManager, path: Path, folder: Path, **values: Any) -> nbformat.NotebookNode:
     """Run a notebook in a folder, other values in place of those that its first cell gives to names."""
     notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    first.source = f"%reset -f\n%cd -q {folder}\n{first.source}"
     first.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
-    NotebookClient(
-        notebook, timeout=300, startup_timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    ).execute()
+    client = NotebookClient(notebook, km=kernel, timeout=300)
+    client.execute()
+    client.kc.stop_channels()
     return notebook
 
 
@@ -55,20 +70,17 @@ def test_committed_without_outputs(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_on_the_demo(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
-    before = sorted(path.parent.iterdir())
-    notebook = execute(path, path.parent)
+def test_runs_on_the_demo(kernel: KernelManager, path: Path, tmp_path: Path) -> None:
+    notebook = execute(kernel, path, tmp_path)
     pictures = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
     assert pictures
     said = [output.text for output in outputs(notebook) if output.output_type == "stream" and output.name == "stderr"]
     assert said == []
-    assert sorted(path.parent.iterdir()) == before
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="../shared, with a sample of COCO, is not there")
-def test_runs_on_coco_from_another_folder(tmp_path: Path) -> None:
+def test_runs_on_coco(kernel: KernelManager, tmp_path: Path) -> None:
     data = {
         "images": str(SHARED / "coco" / "val2017"),
         "annotation_file": str(SHARED / "coco" / "annotations" / "instances_val2017.json"),
@@ -78,14 +90,14 @@ def test_runs_on_coco_from_another_folder(tmp_path: Path) -> None:
         "short_side": 320,
         "long_side": 533,
     }
-    execute(NOTEBOOKS[0], tmp_path, DATA=data, THRESHOLD=0.0)
+    execute(kernel, NOTEBOOKS[0], tmp_path, DATA=data, THRESHOLD=0.0)
     assert len(list((tmp_path / "out").iterdir())) == 5
 
 
 def test_the_pictures_of_the_readme_are_small_and_can_be_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["readme_pictures.py", "--folder", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["readme_pictures.py", "--folder", str(tmp_path), "--images", "40"])
     readme_pictures.main()
     names = {"attention.png", "detections.png", "neighbours.png"}
     for folder in (tmp_path, ROOT / "assets/readme"):

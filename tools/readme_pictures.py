@@ -9,42 +9,32 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torchvision.ops import box_iou
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from detr_lightning import EmbeddingStore, extract
 from detr_lightning.analysis import plots
 from detr_lightning.analysis.objects import objects
-from detr_lightning.demo.pictures import write_dataset
-from tools.train_demo import LONG_SIDE, SHORT_SIDE
+from detr_lightning.demo import demo
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "assets/demo"
 KEYS = ["query_embeddings", "pred_logits", "pred_boxes", "cross_attention"]
 GAP = 8
 
 
-def store_of(images: Path, annotation_file: Path, output_dir: Path) -> EmbeddingStore:
-    """Extract a dataset with the demo's DETR."""
-    store = extract(
-        images,
-        annotation_file,
-        weights=DEMO / "detr_demo.pth",
-        keys=KEYS,
-        output_dir=output_dir,
-        short_side=SHORT_SIDE,
-        long_side=LONG_SIDE,
-    )
+def store_of(images: int | None = None) -> EmbeddingStore:
+    """Extract the demo's pictures, or so many new ones, with the demo's DETR."""
+    store = extract(**demo(images), keys=KEYS)
     assert isinstance(store, EmbeddingStore)
     return store
 
@@ -67,11 +57,15 @@ def row(pictures: Sequence[Image.Image], height: int) -> Image.Image:
     return line
 
 
-def smooth(store: EmbeddingStore, table: pd.DataFrame, number: int) -> list[int]:
-    """Choose images with four objects or more, all of them sure, whose JPEGs and so the pictures are small."""
-    scores = table.groupby("image_id").score
-    chosen = scores.min()[(scores.size() >= 4) & (scores.min() > 0.85)].index
-    pixels = {i: math.prod(store.entry(i).size) for i in map(int, chosen)}
+def chosen(store: EmbeddingStore, table: pd.DataFrame, number: int) -> list[int]:
+    """Choose images with four sure objects or more, each detected once, whose JPEGs and so the pictures are small."""
+    pixels = {}
+    for image_id, rows in table.groupby("image_id"):
+        boxes = torch.tensor(rows[["x1", "y1", "x2", "y2"]].to_numpy())
+        overlaps = box_iou(boxes, boxes).fill_diagonal_(0)
+        if len(rows) >= 4 and rows.score.min() > 0.96 and overlaps.max() < 0.3:
+            entry = store.entry(int(image_id))
+            pixels[int(image_id)] = entry.width * entry.height
     return sorted(pixels, key=lambda image_id: store.image_path(image_id).stat().st_size / pixels[image_id])[:number]
 
 
@@ -88,30 +82,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the README's pictures.")
     parser.add_argument("--threshold", type=float, default=0.5, help="the lowest score that is drawn")
     parser.add_argument("--folder", type=Path, default=ROOT / "assets/readme", help="where to write them")
+    parser.add_argument("--images", type=int, default=150, help="how many new pictures have neighbours")
     arguments = parser.parse_args()
     threshold, folder = arguments.threshold, arguments.folder
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        store = store_of(DEMO / "images", DEMO / "instances_demo.json", work / "demo")
-        table = objects(store, threshold)
-        image_ids = smooth(store, table, 4)
-        pictures = [
-            drawn(plots.detections(store, image_id, threshold=threshold, label_scale=2), 480) for image_id in image_ids
-        ]
-        write(row(pictures, 240), folder / "detections.png")
-        # Three objects of different categories, in the image that has most categories.
-        surest = table.sort_values("score", ascending=False).drop_duplicates(["image_id", "category"])
-        various = max(image_ids, key=lambda image_id: (surest.image_id == image_id).sum())
-        queries = surest[surest.image_id == various]["query"].tolist()[:3]
-        write(drawn(plots.attention(store, various, queries), 1000), folder / "attention.png")
+    store = store_of()
+    table = objects(store, threshold)
+    image_ids = chosen(store, table, 4)
+    pictures = [
+        drawn(plots.detections(store, image_id, threshold=threshold, label_scale=2), 480) for image_id in image_ids
+    ]
+    write(row(pictures, 240), folder / "detections.png")
+    # Three objects of different categories, in the image that has most categories.
+    surest = table.sort_values("score", ascending=False).drop_duplicates(["image_id", "category"])
+    various = max(image_ids, key=lambda image_id: (surest.image_id == image_id).sum())
+    queries = surest[surest.image_id == various]["query"].tolist()[:3]
+    write(drawn(plots.attention(store, various, queries), 1000), folder / "attention.png")
 
-        drawn_more = write_dataset(work, images=150, seed=7)
-        store = store_of(work / "images", drawn_more, work / "more")
-        table = objects(store, threshold)
-        random = np.random.default_rng(0)
-        categories = table.category.value_counts().index[:4]
-        starts = [int(random.choice(np.flatnonzero(table.category == category))) for category in categories]
-        write(drawn(plots.neighbours(store, table, starts, k=8), 1000), folder / "neighbours.png")
+    store = store_of(arguments.images)
+    table = objects(store, threshold)
+    random = np.random.default_rng(0)
+    categories = table.category.value_counts().index[:4]
+    starts = [int(random.choice(np.flatnonzero(table.category == category))) for category in categories]
+    write(drawn(plots.neighbours(store, table, starts, k=8), 1000), folder / "neighbours.png")
 
 
 if __name__ == "__main__":
