@@ -1,0 +1,69 @@
+"""The README and docs/: their snippets run on the demo's output, their links lead somewhere, their sizes are right."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pages import blocks
+
+from detr_lightning.format.keys import resolve_keys
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+SNIPPETS = [path for path in PAGES if blocks(path, "python")]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Leave what `predict --config demo` leaves, in an empty folder."""
+    from detr_lightning.command.main import main
+
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["detr-lightning", "predict", "--config", "demo"])
+        assert main() == 0
+    (folder / "assets").symlink_to(ROOT / "assets")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*SwigPy:DeprecationWarning", "ignore:.*swigvarlink:DeprecationWarning")  # FAISS's
+@pytest.mark.parametrize("path", SNIPPETS, ids=name)
+def test_snippets_run_one_after_another(path: Path, demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo_folder)
+    monkeypatch.setattr("sys.argv", ["python"])
+    names: dict[str, object] = {"__name__": "page"}
+    for block in blocks(path, "python"):
+        exec(compile(block, name(path), "exec"), names)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_links_lead_to_files(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)]
+    local = [link for link in links if link and "://" not in link]
+    assert [link for link in local if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.ko.md", "docs/output-format.md"])
+def test_sizes_are_those_of_the_shapes(page: str) -> None:
+    sizes = re.findall(
+        r"^\| `(\w+)`[^|]*\|.*?\| (\d\.\d\d) MB", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [kind for kind, _ in sizes] == ["decoder", "all", "encoder", "backbone"]
+    floats = {
+        "backbone_features": 2048 * 25 * 34,
+        "encoder_output": 850 * 256,
+        "decoder_output": 6 * 100 * 256,
+        "query_embeddings": 100 * 256,
+        "pred_logits": 100 * 92,
+        "pred_boxes": 100 * 4,
+    }
+    for kind, megabytes in sizes:
+        assert float(megabytes) == pytest.approx(4e-6 * sum(floats[key] for key in resolve_keys(kind)), abs=0.005)
