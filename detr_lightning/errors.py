@@ -77,4 +77,5 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
 
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, such as `1 image` or `5 images`."""
-    return f"{number} {noun}" + "s" * (number != 1)
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}" + ending * (number != 1)

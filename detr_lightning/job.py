@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from detr_lightning.data.datamodule import COCODataModule
-from detr_lightning.errors import IncompleteError, SettingError
+from detr_lightning.errors import IncompleteError, SettingError, count
 from detr_lightning.extraction.run import ExtractionRun
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.schema import Metadata
+from detr_lightning.launch import InterruptibleWait, launched_by_rank_0, launched_ranks
 from detr_lightning.ranks import from_rank_0, waits_for_launch
-from detr_lightning.system import launched_by_rank_0, restore_settings
+from detr_lightning.system import available_cores, restore_settings
 
 
 class Job:
@@ -64,15 +68,19 @@ class Job:
                 self.complete = self._plan()
         elif not launched_by_rank_0():
             # A launcher has started all ranks at once, and any of them would wait for one that stops here.
-            self.trainer.strategy.setup_environment()
+            with meeting(self.trainer):
+                self.trainer.strategy.setup_environment()
             self.complete = from_rank_0(self.trainer, self._plan)
         return self.writer.extraction if self.writer else None
 
     def _plan(self) -> bool:
         if self.writer is None:
             self.data.find_images()
-            return False
-        return self.writer.plan(self.trainer, self.model, self.data).complete
+            complete = False
+        else:
+            complete = self.writer.plan(self.trainer, self.model, self.data).complete
+        self.data.workers(self.trainer)  # which refuses what cannot be
+        return complete
 
     def predict(self) -> list[Any]:
         """Run the model over the images that are not finished, if there are any.
@@ -82,7 +90,7 @@ class Job:
         """
         if self.complete:
             return []
-        with restore_settings():
+        with restore_settings(), meeting(self.trainer):
             batches = self.trainer.predict(self.model, self.data, return_predictions=self.writer is None)
         return list(batches or ())
 
@@ -102,6 +110,38 @@ class Job:
         return self.writer.metadata
 
 
+INTERRUPTED = "Interrupted. What is finished is kept: run the same command again to go on."
+
+
+class _Met(Callback):
+    """Ends a wait when the ranks have met."""
+
+    def __init__(self, wait: InterruptibleWait) -> None:
+        self._wait = wait
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the wait."""
+        self._wait.close()
+
+
+@contextlib.contextmanager
+def meeting(trainer: Trainer) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end this process while it waits for the other ranks."""
+    if trainer.world_size == 1:
+        yield
+        return
+    # Rank 0 first: Lightning kills a rank 0 whose ranks have ended.
+    seconds, message = (2, f"Error: {INTERRUPTED}") if trainer.is_global_zero else (10, "")
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    with InterruptibleWait(message, seconds) as wait:
+        met = _Met(wait)
+        callbacks.append(met)
+        try:
+            yield
+        finally:
+            callbacks.remove(met)
+
+
 def check_trainer(trainer: Trainer, precision: Any = None) -> None:
     """Refuse what a Trainer cannot do with DETR.
 
@@ -110,11 +150,42 @@ def check_trainer(trainer: Trainer, precision: Any = None) -> None:
         precision: The precision that was asked for; by default the Trainer's.
 
     Raises:
-        SettingError: The precision or the strategy cannot be used.
+        SettingError: The precision, the strategy or the number of devices cannot be used.
     """
     precision = str(precision or trainer.precision)
-    if precision.startswith("16") and trainer.strategy.root_device.type == "cpu":
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if precision.startswith("16") and on_cpu:
         raise SettingError(
             f"trainer.precision {precision} needs a GPU, and this run is on a CPU. "
             "Use bf16-mixed, bf16-true or 32-true."
+        )
+    check_strategy(trainer)
+    launched = launched_ranks()
+    if launched is not None and launched != trainer.world_size:
+        raise SettingError(
+            f"A launcher has started {count(launched, 'process')}, but trainer.devices x trainer.num_nodes is "
+            f"{trainer.num_devices} x {trainer.num_nodes}. Make them equal, with trainer.strategy ddp, or start the "
+            "command without the launcher; if there was none, unset WORLD_SIZE."
+        )
+    cores = available_cores()
+    if on_cpu and trainer.num_devices > 2 * cores:
+        raise SettingError(
+            f"trainer.devices is {trainer.num_devices}: as many processes on {count(cores, 'core')} would fill the "
+            f"memory. On a CPU use at most {2 * cores}, twice the number of cores; one per core is fastest."
+        )
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse a strategy whose ranks do not each run the command.
+
+    Raises:
+        SettingError: It shards the model, or starts ranks inside this process.
+    """
+    strategy = trainer.strategy
+    launcher = type(strategy.launcher).__name__
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or "MultiProcessing" in launcher:
+        raise SettingError(
+            f"trainer.strategy {getattr(strategy, 'strategy_name', type(strategy).__name__)!r} cannot be used: each "
+            "rank needs a process and a whole model of its own. Use trainer.strategy ddp with the command, "
+            "torchrun or srun; in a notebook, one device."
         )

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +22,6 @@ from PIL import Image
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """From glibc's `malloc.h`; see mallopt(3)."""
-
-LAUNCHER = "DETR_LIGHTNING_LAUNCHER"
-"""The environment variable that holds the process which launched the other ranks of its node."""
-
 
 QUIET = (
     r".*does not have many workers.*",
@@ -87,29 +82,9 @@ def sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def launched_by_rank_0() -> bool:
-    """Return whether rank 0 of this node launched this process, and not the user or a launcher such as torchrun."""
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    return LAUNCHER in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ and local_rank not in ("", "0")
-
-
-def end_with_parent() -> None:
-    """End a rank within seconds of the process that launched it: nobody else would."""
-    by_torchrun, by_rank_0 = "TORCHELASTIC_RUN_ID" in os.environ, launched_by_rank_0()
-    parent = os.getppid()
-    if by_rank_0:
-        parent = int(os.environ[LAUNCHER])  # It may have died while this process imported.
-    else:
-        os.environ[LAUNCHER] = str(os.getpid())
-    if not (by_torchrun or by_rank_0) or any(thread.name == "parent-watch" for thread in threading.enumerate()):
-        return
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache

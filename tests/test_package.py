@@ -17,6 +17,7 @@ ORDER = (
     "errors",
     "shipped",
     "demo",
+    "launch",
     "system",
     "parallel",
     "ranks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 import warnings
@@ -12,10 +13,12 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.filesize import decimal
+from torch.distributed import DistError
 
 from detr_lightning import __version__, shipped
 from detr_lightning.command import reports
@@ -26,18 +29,22 @@ from detr_lightning.errors import DETRLightningError, DETRLightningWarning, coun
 from detr_lightning.extraction.run import free_bytes
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
-from detr_lightning.job import Job, check_trainer
+from detr_lightning.job import INTERRUPTED, Job, check_trainer, meeting
+from detr_lightning.launch import launched_by_rank_0
 from detr_lightning.progress import ImageProgress
 from detr_lightning.ranks import waits_for_launch
-from detr_lightning.system import end_with_parent, quiet_lightning, sigterm_as_interrupt
+from detr_lightning.system import quiet_lightning, restore_settings, sigterm_as_interrupt
 
-INTERRUPTED = "Interrupted. What is finished is kept: run the same command again to go on."
 FAILURES = {
+    "ended before": "{}",
+    **dict.fromkeys(("gloo", "NCCL", "Connection closed by peer"), "Another rank ended: see its message ({})."),
+    "unable to allocate shared memory": "Data workers have too little shared memory ({}). Set data.num_workers or "
+    "data.batch_size lower, or give the container more: docker run --shm-size=2g. What is finished is kept: run the "
+    "same command again to go on.",
+    "unable to open shared memory object": "Data workers cannot use /dev/shm ({}). Make it writable, or set "
+    "data.num_workers to 0.",
     "DataLoader worker": "A process that reads images ended ({}). If memory ran out, set data.num_workers or "
     "data.batch_size lower. What is finished is kept: run the same command again to go on.",
-    "ended before": "{}",
-    "gloo": "Another rank ended: see its message ({}).",
-    "Connection closed by peer": "Another rank ended: see its message ({}).",
     "C++ compile": "model.compile needs a C++ compiler that works, such as g++ ({}). "
     "Install one, or leave model.compile out.",
 }
@@ -67,7 +74,6 @@ class DETRCLI(LightningCLI):
                 "logger": False,
                 "enable_checkpointing": False,
                 "enable_model_summary": False,
-                "callbacks": [ImageProgress(self.console)],
             },
         )
 
@@ -120,10 +126,18 @@ class DETRCLI(LightningCLI):
         Raises:
             CommandError: Lightning does not accept a setting's value.
         """
+        config = self._trainer_settings
+        callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        shown = config.enable_progress_bar is not False and not config.barebones
+        if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            kwargs["callbacks"] = [*filter(None, callbacks), ImageProgress(self.console)]
         try:
-            return super().instantiate_trainer(**kwargs)
-        except (TypeError, ValueError, ImportError) as error:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError, RuntimeError, ImportError) as error:
             raise CommandError(f"trainer: {error}") from error
+        # Lightning took it from the environment, which may be another job's.
+        setattr(rank_zero_only, "rank", trainer.global_rank)  # noqa: B010, which mypy wants
+        return trainer
 
     @property
     def writer(self) -> EmbeddingWriter:
@@ -143,6 +157,7 @@ class DETRCLI(LightningCLI):
             return
         needed, free = self.writer.bytes_needed(self.model), free_bytes(self.writer.output_dir)
         self._say(*reports.announcement(self.writer, self.model, self.datamodule, free))
+        self._say(*reports.cautions(self.trainer))
         if needed > free:
             raise CommandError(
                 f"output_dir {self.writer.output_dir} needs {decimal(needed)}, but its disk has {decimal(free)} free. "
@@ -183,7 +198,8 @@ class DETRCLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         """Compute COCO's detection metrics, print and keep them."""
-        self.trainer.validate(**kwargs, verbose=False)
+        with restore_settings(), meeting(self.trainer):
+            self.trainer.validate(**kwargs, verbose=False)
         self.summary = self.model.metrics
         if _rank() == 0:
             images = count(len(self.model.validated), "image")
@@ -218,7 +234,8 @@ def run(argv: Sequence[str] | None) -> int:
     Returns:
         The exit code: 0 for success, 1 for an error, which is printed as one message, 130 after Ctrl-C.
     """
-    end_with_parent()
+    if launched_by_rank_0():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with quiet_lightning(), _plain_warnings(), sigterm_as_interrupt():
             DETRCLI(argv)
@@ -230,10 +247,13 @@ def run(argv: Sequence[str] | None) -> int:
         raise
     except (DETRLightningError, OSError, MisconfigurationException) as error:
         return _fail(str(error), 1)
+    except DistError as error:
+        return _fail(FAILURES["gloo"].format(str(error).strip().splitlines()[0]), 1)
     except RuntimeError as error:
         for sign, message in FAILURES.items():
-            if sign in str(error):
-                return _fail(message.format(str(error).strip().splitlines()[0]), 1)
+            for line in str(error).splitlines():
+                if sign in line:
+                    return _fail(message.format(line.strip()), 1)
         raise
     return 0
 

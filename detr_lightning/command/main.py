@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
@@ -12,6 +13,7 @@ from typing import NoReturn
 from detr_lightning import __version__
 from detr_lightning.command.verbs import VERBS, load_verb
 from detr_lightning.errors import DETRLightningError, SettingError
+from detr_lightning.launch import end_with_parent, forget_stale_launchers, launched_by_rank_0
 
 PROGRAM = "detr-lightning"
 
@@ -54,6 +56,10 @@ def _run(words: Sequence[str], argv: Sequence[str] | None) -> int:
 
 
 def _run_lightning(argv: Sequence[str] | None) -> int:
+    forget_stale_launchers()  # before Lightning reads the environment
+    end_with_parent()
+    if launched_by_rank_0():  # Rank 0 answers Ctrl-C, and would itself be killed if this rank ended first.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         from detr_lightning.command.cli import run  # This takes seconds.
     except KeyboardInterrupt:

@@ -55,19 +55,28 @@ class CommandParser(LightningArgumentParser):
 
 
 def with_config_files(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with the path of each config in place of its name, and check its content.
+    """Return the words of a command line with its configs first, so that flags override them wherever they stand.
+
+    The path of each config takes the place of its name, and its content is checked.
 
     Raises:
         SettingError: There is no such config, or its content cannot be used.
     """
-    resolved = list(words)
-    for place, word in enumerate(words):
+    configs: list[str] = []
+    others: list[str] = []
+    rest = iter(words)
+    for word in rest:
         flag, equals, value = word.partition("=")
-        if flag in ("-c", "--config") and (equals or place + 1 < len(words)):
-            path = shipped.config_file(value if equals else words[place + 1])
-            check_config(path)
-            resolved[place if equals else place + 1] = f"{flag}={path}" if equals else str(path)
-    return resolved
+        if flag not in ("-c", "--config"):
+            others.append(word)
+            continue
+        name = value if equals else next(rest, None)
+        if name is None:
+            raise CommandError("--config needs the name of a config or a YAML file.")
+        path = shipped.config_file(name)
+        check_config(path)
+        configs.append(f"--config={path}")
+    return [*others[:1], *configs, *others[1:]]
 
 
 def check_config(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lightning.pytorch import Trainer
 from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
@@ -15,6 +16,7 @@ from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.keys import FeatureSizes, dtype_of, nbytes, shape_of
 from detr_lightning.format.names import METADATA
 from detr_lightning.format.schema import Metadata
+from detr_lightning.system import available_cores
 
 
 def announcement(
@@ -58,6 +60,14 @@ def announcement(
         size = f"{nbytes([key], shape, features, writer.dtype):,}"
         table.add_row(key, str(list(shape_of(key, shape, features))), dtype, size)
     return [*lines, table]
+
+
+def cautions(trainer: Trainer) -> list[str]:
+    """Return warnings of what would make a run slow."""
+    ranks, cores = trainer.num_devices, available_cores()
+    if trainer.strategy.root_device.type != "cpu" or ranks <= cores:
+        return []
+    return [f"Warning: {ranks} ranks share {count(cores, 'core')}: fewer devices are as fast and need less memory."]
 
 
 def result(writer: EmbeddingWriter, metadata: Metadata, seconds: float, ranks: int) -> list[RenderableType]:

@@ -14,12 +14,22 @@ from torch.utils.data import DataLoader, DistributedSampler
 from detr_lightning.data.batching import BATCHINGS, plan_batches
 from detr_lightning.data.coco import read_coco_file
 from detr_lightning.data.decode import BACKENDS, image_folder
-from detr_lightning.data.loading import ImageBatches, Reader, leave_signals_to_parent, read_file, unwrap
+from detr_lightning.data.loading import (
+    PREFETCHED_BATCHES,
+    SHARED_MEMORY,
+    ImageBatches,
+    Reader,
+    free_shared_memory,
+    leave_signals_to_parent,
+    read_file,
+    unwrap,
+)
 from detr_lightning.data.records import Failure, ImageRecord
 from detr_lightning.data.sources import read_coco, read_folder, select
 from detr_lightning.errors import SettingError, UnreadableImageError, check_choice
 from detr_lightning.format.preprocessing import resized_size
 from detr_lightning.ranks import from_rank_0
+from detr_lightning.system import available_cores
 
 
 def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> None:
@@ -250,18 +260,43 @@ class COCODataModule(LightningDataModule):
             reason,
         )
 
+    def _batch_size(self, trainer: Trainer | None) -> int:
+        return self.batch_size or (4 if trainer is None or trainer.strategy.root_device.type == "cpu" else 8)
+
+    def workers(self, trainer: Trainer | None) -> int:
+        """Return the number of data workers of each rank.
+
+        Raises:
+            SettingError: `num_workers` asks for more than the shared memory has room for.
+        """
+        asked: int | None = self.hparams["num_workers"]
+        if asked is None and (trainer is None or trainer.strategy.root_device.type == "cpu"):
+            return 0
+        ranks = trainer.num_devices if trainer else 1
+        most = max(1, min(8, available_cores() // ranks - 1)) if asked is None else asked
+        free = free_shared_memory()
+        if not most or free is None:
+            return most
+        pixels = max((height * width for height, width in (self.resize(r.size) for r in self.records)), default=0)
+        batch = 3 * pixels * min(self._batch_size(trainer), max(1, len(self.records)))
+        each = PREFETCHED_BATCHES * batch * ranks
+        room = free // max(1, each)
+        if asked is not None and asked > room:
+            raise SettingError(
+                f"data.num_workers is {asked}: they need up to {asked * each / 1e6:.0f} MB of shared memory, and "
+                f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free. Use at most {room}, a smaller data.batch_size, or give "
+                "the container more: docker run --shm-size=2g."
+            )
+        return min(most, room)
+
     def _loader(self, finished: Collection[int]) -> DataLoader[Any]:
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         device = trainer.strategy.root_device.type if trainer else "cpu"
-        batch_size = self.batch_size or (4 if device == "cpu" else 8)
+        batch_size = self._batch_size(trainer)
         batches = plan_batches(
             self.records, self.resize, batch_size, self.hparams["batching"], finished, rank, world_size
         )
-        workers = self.hparams["num_workers"]
-        if workers is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            workers = 0 if trainer is None or device == "cpu" else max(1, min(8, cores // trainer.num_devices - 1))
         # Without a batch Lightning would skip the hooks in which ranks meet: an empty one keeps them.
         padded = self.hparams["batching"] == "padded"
         dataset = ImageBatches(batches or [[]], self.reader(), self.resize, padded)
@@ -272,7 +307,7 @@ class COCODataModule(LightningDataModule):
             sampler=DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=False),
             batch_size=1,
             collate_fn=unwrap,
-            num_workers=workers,
+            num_workers=self.workers(trainer),
             worker_init_fn=leave_signals_to_parent,
             pin_memory=device == "cuda",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,21 @@ from detr_lightning.system import SideThreads
 Batch = list[ImageRecord]
 Reader = Callable[[ImageRecord, Size], Tensor]
 """Reads an image at a size: uint8 `[3, height, width]`."""
+
+
+SHARED_MEMORY = "/dev/shm"
+"""Where Linux keeps the memory in which data workers hand over pixels. Docker gives a container 64 MB of it."""
+
+PREFETCHED_BATCHES = 2
+"""Batches of each data worker that may be waiting there, as `DataLoader` has it by default."""
+
+
+def free_shared_memory() -> int | None:
+    """Return the bytes of shared memory that are free, or None where there is no such limit."""
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return None
 
 
 class ImageBatches(Dataset[dict[str, Any]]):
@@ -54,7 +70,11 @@ class ImageBatches(Dataset[dict[str, Any]]):
             read = list(zip(batch, pool.map(self._pixels, batch, sizes), sizes, strict=True))
         items = [(record, pixels, size) for record, pixels, size in read if isinstance(pixels, Tensor)]
         failed = [(record.image_id, reason) for record, reason, _ in read if isinstance(reason, str)]
-        return collate(items, self._padded, failed)
+        collated = collate(items, self._padded, failed)
+        if get_worker_info() and isinstance(collated.get("pixels"), Tensor):
+            # An error here reaches the main process. Later, in the thread that sends the batch, it would be lost.
+            collated["pixels"].share_memory_()
+        return collated
 
     def _pixels(self, record: ImageRecord, size: Size) -> Tensor | str:
         """Return an image's pixels, or the reason why there are none."""

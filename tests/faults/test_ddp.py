@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -259,3 +261,40 @@ COCODataModule.find = ExtractionRun.inspect = refuse
     assert "Nothing to do" in again[0].err
     dry = job.ranks("--dry_run", patch=("", blind))
     assert [run.wait() for run in dry] == [0, 0], dry[0].err + dry[1].err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_rank_that_waits_for_the_others_can_be_ended(
+    start: Callable[..., Started], images: Coco, number: int
+) -> None:
+    alone = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0"}
+    alone |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0", "GROUP_RANK": "0"}
+    ddp = ("--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accelerator", "cpu")
+    run = start(*images.data, *ddp, **alone)
+    until(lambda: listens(int(alone["MASTER_PORT"])) or run.poll() is not None)
+    run.signal(number)
+    assert run.wait(60) == 130
+    assert message(run.err).startswith("Error: Interrupted.")
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def ignores_ctrl_c(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    (ignored,) = re.findall(r"^SigIgn:\s*(\w+)", status, re.MULTILINE)
+    return bool(int(ignored, 16) & 1 << signal.SIGINT - 1)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_rank_1_imports(start: Callable[..., Started], images: Coco, tmp_path: Path) -> None:
+    ddp = ("--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accelerator", "cpu")
+    run = start(*images.data, *ddp, "--output_dir", tmp_path / "out")
+    until(lambda: any(map(ignores_ctrl_c, group_of(run.pid))) or run.poll() is not None)
+    run.signal(signal.SIGINT, group=True)
+    assert run.wait(60) == 130
+    assert message(run.err).startswith("Error: Interrupted.")
+    until(lambda: not group_of(run.pid), 60)
