@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from detr_lightning.errors import InputError
-from detr_lightning.format.keys import KEYS
+from detr_lightning.format.keys import KEYS, FeatureSizes
 
 
 def split(batch: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Split what `predict_step` returned into images, each tensor cropped to the image's own area.
 
     Args:
-        batch: `image_id` (list of int), `feature_size` (list of `(height, width)`), a batch-first tensor for each key
-            and, where images were padded, `padding_mask` `[B, H, W]` at feature size, True on padding.
+        batch: `image_id` (list of int), the sizes of feature maps, a batch-first tensor for each key and, where images
+            were padded, `padding_mask` `[B, H, W]` at feature size, True on padding.
 
     Yields:
         An image's id and its tensors: views of the batch, not copies.
     """
     mask = batch.get("padding_mask")
     keys = [key for key in batch if key in KEYS]
-    for index, (image_id, (height, width)) in enumerate(zip(batch["image_id"], batch["feature_size"], strict=True)):
+    for index, (image_id, features) in enumerate(zip(batch["image_id"], sizes_of_batch(batch), strict=True)):
         image = {}
         for key in keys:
             tensor = batch[key][index]
             if mask is not None:
-                tensor = _crop(key, tensor, tuple(mask.shape[1:]), (height, width))
+                tensor = _crop(key, tensor, tuple(mask.shape[1:]), features.backbone)
             image[key] = tensor
         yield image_id, image
+
+
+def sizes_to_batch(features: Sequence[FeatureSizes]) -> dict[str, Any]:
+    """Return the entries of a batch that tell the sizes of feature maps, in the words of `metadata.json`."""
+    sizes: dict[str, Any] = {"feature_sizes": [list(one.levels) for one in features]}
+    if all(len(one.levels) == 1 for one in features):
+        sizes = {"feature_size": [one.levels[0] for one in features]}
+    if any(one.levels != (one.backbone,) for one in features):
+        sizes["backbone_size"] = [one.backbone for one in features]
+    return sizes
+
+
+def sizes_of_batch(batch: Mapping[str, Any]) -> list[FeatureSizes]:
+    """Return the sizes of each image's feature maps, from what `sizes_to_batch` made."""
+    levels = batch["feature_sizes"] if "feature_sizes" in batch else [[size] for size in batch["feature_size"]]
+    backbones = batch.get("backbone_size") or [one[0] for one in levels]
+    return [FeatureSizes(tuple(one), backbone) for one, backbone in zip(levels, backbones, strict=True)]
 
 
 def _crop(key: str, tensor: torch.Tensor, padded: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:

@@ -56,6 +56,45 @@ def detect(
     return Detections(scores, labels, boxes * scale.unsqueeze(-2))
 
 
+def best_detections(
+    pred_logits: Tensor, pred_boxes: Tensor, size: tuple[int, int] | Tensor, scoring: str = "softmax"
+) -> Detections:
+    """Turn one image's predictions into the detections that the model's own evaluation counts, as many as queries.
+
+    With softmax they are those of `detect`. With sigmoid they are the best pairs of a query and a category, so that one
+    query can give several detections and another none.
+
+    Args:
+        pred_logits: `[Q, num_logits]`.
+        pred_boxes: `[Q, 4]`: center x, center y, width, height, relative to the image.
+        size: `(height, width)` of the original image.
+        scoring: See `probabilities`.
+
+    Raises:
+        SettingError: An unknown scoring.
+    """
+    found = detect(pred_logits, pred_boxes, size, scoring)
+    if scoring == "softmax":
+        return found
+    scores = probabilities(pred_logits, scoring)  # [Q, C]
+    best = scores.flatten().topk(len(scores))
+    query, label = best.indices // scores.shape[-1], best.indices % scores.shape[-1]
+    return Detections(best.values, label, found.boxes_xyxy[query])
+
+
+def to_coco_ids(detections: Detections, category_ids: Sequence[int | None] | None) -> Detections:
+    """Return detections whose labels are COCO category ids; a logit without one keeps its index.
+
+    Args:
+        detections: As `detect` returns them.
+        category_ids: The COCO category id of each logit; None leaves the labels as they are.
+    """
+    if category_ids is None:
+        return detections
+    ids = [index if number is None else number for index, number in enumerate(category_ids)]
+    return detections._replace(labels=torch.tensor(ids)[detections.labels])
+
+
 def probabilities(pred_logits: Tensor, scoring: str = "softmax") -> Tensor:
     """Return the probability of each category.
 

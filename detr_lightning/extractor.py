@@ -9,13 +9,14 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from detr_lightning.batch import check_finite
+from detr_lightning.batch import check_finite, sizes_to_batch
 from detr_lightning.data.coco import compare_names
-from detr_lightning.detections import METRICS, coco_results, detect, evaluate
+from detr_lightning.detections import METRICS, best_detections, coco_results, evaluate, to_coco_ids
 from detr_lightning.errors import DETRLightningWarning, IncompleteError, InputError, SettingError, count
-from detr_lightning.format.keys import PREDICTIONS, resolve_keys
+from detr_lightning.format.keys import PREDICTIONS, FeatureSizes, resolve_keys
 from detr_lightning.model.checkpoints import load
 from detr_lightning.model.detr import DETR, fold
+from detr_lightning.model.family import FamilyDetector
 from detr_lightning.system import allow_tf32, keep_freed_memory
 
 
@@ -26,8 +27,9 @@ class DETRExtractor(LightningModule):
     folded into the convolutions, and the precision that the Trainer asks for. `detr` stays as it was loaded.
 
     Args:
-        weights: An official name such as `detr_resnet50`, a `.pth` or `.ckpt` file with a DETR, a Hugging Face DETR
-            folder or hub id, or `random` (DETR-R50, seeded).
+        weights: An official name such as `detr_resnet50`, a `.pth` or `.ckpt` file with a DETR, a folder in
+            transformers' layout or a hub id of a DETR or of its family (`PekingU/rtdetr_v2_r50vd`), or `random`
+            (DETR-R50, seeded).
         extract_type: Which tensors to keep: `all`, `decoder`, `encoder` or `backbone`.
         keys: Exactly these tensors instead, such as `[query_embeddings, pred_boxes]`. There are `backbone_features`,
             `encoder_output`, `decoder_output`, `query_embeddings`, `pred_logits`, `pred_boxes` and, on request alone,
@@ -59,7 +61,14 @@ class DETRExtractor(LightningModule):
         self.keys = resolve_keys(extract_type, keys)
         self.save_hyperparameters()
         self.checkpoint = load(weights, nheads, dilation, ema)
-        self.network: DETR | None = None
+        if missing := [key for key in self.keys if key not in self.detr.keys]:
+            raise SettingError(
+                f"{self.checkpoint.name}, a {self.checkpoint.family}, has no {missing[0]}. "
+                f"It has {', '.join(self.detr.keys)}: choose among them with model.keys."
+            )
+        if compile and not isinstance(self.detr, DETR):
+            raise SettingError(f"model.compile is for DETR alone, and {weights} is a {self.checkpoint.family}.")
+        self.network: DETR | FamilyDetector | None = None
         self.results: list[dict[str, Any]] = []
         self.metrics: dict[str, float] = {}
         self.validated: list[int] = []
@@ -67,8 +76,8 @@ class DETRExtractor(LightningModule):
         self._sizes: dict[int, tuple[int, int]] = {}
 
     @property
-    def detr(self) -> DETR:
-        """The model as loaded: float32, on the CPU, with the official `state_dict`."""
+    def detr(self) -> DETR | FamilyDetector:
+        """The model as loaded: float32, on the CPU; DETR with the official `state_dict`."""
         return self.checkpoint.model
 
     @property
@@ -85,14 +94,15 @@ class DETRExtractor(LightningModule):
     def _build(self, dtype: torch.dtype | None) -> None:
         keep_freed_memory()
         allow_tf32(self.hparams["tf32"])
-        self.network = fold(self.detr, dtype).to(self.device)
+        network = fold(self.detr, dtype) if isinstance(self.detr, DETR) else self.detr.for_inference(dtype)
+        self.network = network.to(self.device)
         if self.hparams["compile"]:
             self.network.compile()
 
     def forward(
         self, pixels: Tensor, padding_mask: Tensor | None = None, keys: tuple[str, ...] | None = None
     ) -> dict[str, Tensor]:
-        """Return batch-first tensors for uint8 pixels `[B, 3, h, w]`; see `DETR.forward`.
+        """Return batch-first tensors for pixels `[B, 3, h, w]`; see `DETR.forward` and `FamilyDetector.forward`.
 
         On a CPU the images of a batch go through the network one by one: its caches hold one image's features, memory
         does not grow with the batch, and not a bit of a result depends on which images share it.
@@ -119,8 +129,9 @@ class DETRExtractor(LightningModule):
 
         Returns:
             `image_id` (list of int), `feature_size` (list of height and width), a batch-first tensor for each key, and,
-            where images were padded, `padding_mask` `[B, H, W]` at feature size. `embeddings.split` makes images of it.
-            The tensors are on the model's device and can be used to train on top.
+            where images were padded, `padding_mask` `[B, H, W]` at feature size. Models with several levels have
+            `feature_sizes` (for each image a list of sizes) and `backbone_size` instead of `feature_size`.
+            `batch.split` makes images of it. The tensors are on the model's device and can be used to train on top.
         """
         if not batch["image_id"]:
             return {"image_id": [], "feature_size": []}
@@ -130,14 +141,14 @@ class DETRExtractor(LightningModule):
                 (~tensors["padding_mask"]).any(axis).sum(1).tolist()
                 for axis in (2, 1)  # [B, H, W]
             )
-            feature_size = list(zip(rows, columns, strict=True))
+            features = [FeatureSizes.single(size) for size in zip(rows, columns, strict=True)]
         else:
-            feature_size = [self.detr.architecture.feature_size(size) for size in batch["input_size"]]
+            features = [self.detr.architecture.feature_sizes(size) for size in batch["input_size"]]
         names = [*self.keys, *(["padding_mask"] if "padding_mask" in tensors else [])]
         # What is cloned outside of inference mode can enter autograd.
         with torch.inference_mode(False), torch.no_grad():
             kept = {name: tensors[name].clone() if tensors[name].is_inference() else tensors[name] for name in names}
-        return {"image_id": batch["image_id"], "feature_size": feature_size} | kept
+        return {"image_id": batch["image_id"], **sizes_to_batch(features)} | kept
 
     def on_validation_start(self) -> None:
         """Check that the model's categories are the annotations'.
@@ -148,13 +159,15 @@ class DETRExtractor(LightningModule):
         """
         self.results, self.validated, self.skipped = [], [], []
         self._sizes = {record.image_id: record.size for record in self.trainer.datamodule.records}  # type: ignore[attr-defined]
-        highest = self.detr.architecture.num_logits - 2
-        beyond = {i: name for i, name in self.trainer.datamodule.categories.items() if not 0 <= i <= highest}  # type: ignore[attr-defined]
+        highest = self.detr.architecture.num_logits - 1 - (self.checkpoint.scoring == "softmax")
+        known = self.checkpoint.category_ids or range(highest + 1)
+        beyond = {i: name for i, name in self.trainer.datamodule.categories.items() if i not in known}  # type: ignore[attr-defined]
         if beyond:
             some = ", ".join(f"{i} ({name})" for i, name in list(beyond.items())[:5])
             raise SettingError(
                 f"The annotations have categories that the model has no logit for: {some}. "
-                f"Its logits are the category ids 0 to {highest}; use weights trained on these categories."
+                f"Its logits are the category ids {min(known)} to {max(known)}; use weights trained on these "
+                "categories."
             )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         differences, none_agrees = compare_names(self.category_names, data.categories)
@@ -184,7 +197,8 @@ class DETRExtractor(LightningModule):
         for index, image_id in enumerate(batch["image_id"]):
             for key, tensor in zip(PREDICTIONS, (logits[index], boxes[index]), strict=True):
                 check_finite(key, image_id, tensor)
-            self.results += coco_results(image_id, detect(logits[index], boxes[index], self._sizes[image_id]))
+            found = best_detections(logits[index], boxes[index], self._sizes[image_id], self.checkpoint.scoring)
+            self.results += coco_results(image_id, to_coco_ids(found, self.checkpoint.category_ids))
             self.validated.append(image_id)
 
     def on_validation_epoch_end(self) -> None:

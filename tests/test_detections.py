@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from store_factory import COCO_ANNOTATIONS, annotations_of
 
-from detr_lightning.detections import METRICS, Detections, coco_results, detect, evaluate
+from detr_lightning.detections import METRICS, Detections, best_detections, coco_results, detect, evaluate, to_coco_ids
 
 NO_OBJECT = 91
 
@@ -80,6 +81,32 @@ def test_with_sigmoid_every_logit_is_a_category() -> None:
     assert detect(logits, torch.rand(2, 4), (10, 10)).labels.tolist() == [1, 0]
     with pytest.raises(ValueError, match="scoring is 'logistic', which is none of softmax, sigmoid"):
         detect(logits, torch.rand(2, 4), (10, 10), scoring="logistic")
+
+
+@pytest.mark.parametrize("kind", ["RTDetr", "RfDetr", "ConditionalDetr"])
+def test_the_best_detections_are_those_of_transformers(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    generator = torch.Generator().manual_seed(0)
+    logits, boxes = torch.randn(1, 20, 5, generator=generator), torch.rand(1, 20, 4, generator=generator)
+    outputs = SimpleNamespace(logits=logits, pred_boxes=boxes)
+    sizes = torch.tensor([[300, 500]])
+    process = getattr(transformers, f"{kind}ImageProcessor")().post_process_object_detection
+    expected = process(outputs, 0.0, sizes, **({"top_k": 20} if kind == "ConditionalDetr" else {}))[0]
+    found = best_detections(logits[0], boxes[0], (300, 500), "sigmoid")
+    torch.testing.assert_close(found.scores, expected["scores"])
+    assert found.labels.tolist() == expected["labels"].tolist()
+    torch.testing.assert_close(found.boxes_xyxy, expected["boxes"])
+    assert len(set(found.boxes_xyxy[:, 0].tolist())) < 20
+    for ours, plain in zip(
+        best_detections(logits[0], boxes[0], (9, 9)), detect(logits[0], boxes[0], (9, 9)), strict=True
+    ):
+        assert torch.equal(ours, plain)
+
+
+def test_labels_become_coco_ids() -> None:
+    found = detect(torch.eye(3), torch.rand(3, 4), (10, 10), "sigmoid")
+    assert to_coco_ids(found, [5, None, 90]).labels.tolist() == [5, 1, 90]
+    assert to_coco_ids(found, None).labels.tolist() == [0, 1, 2]
 
 
 def test_boxes_are_in_pixels_of_the_original_and_not_clamped() -> None:

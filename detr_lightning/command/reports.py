@@ -13,7 +13,7 @@ from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.errors import SHOWN, count
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
-from detr_lightning.format.keys import FeatureSizes, dtype_of, nbytes, shape_of
+from detr_lightning.format.keys import dtype_of, nbytes, shape_of
 from detr_lightning.format.names import METADATA
 from detr_lightning.format.schema import Metadata
 from detr_lightning.system import available_cores
@@ -54,7 +54,7 @@ def announcement(
     )
     table.columns[3].justify = "right"
     shape = model.detr.architecture.shape
-    features = FeatureSizes.single(model.detr.architecture.feature_size(data.resize(record.size)))
+    features = model.detr.architecture.feature_sizes(data.resize(record.size))
     for key in model.keys:
         dtype = str(dtype_of(key, writer.dtype)).removeprefix("torch.")
         size = f"{nbytes([key], shape, features, writer.dtype):,}"

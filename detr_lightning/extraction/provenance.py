@@ -50,7 +50,7 @@ def provenance(trainer: Trainer, model: DETRExtractor, data: COCODataModule, wri
     return RunRecord(
         extract_type=model.hparams["extract_type"],
         settings=settings,
-        categories=data.categories,
+        categories=checkpoint.category_names or data.categories,
         versions={
             "detr-lightning": __version__,
             "python": platform.python_version(),

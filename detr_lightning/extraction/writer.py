@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from detr_lightning.batch import HostBatch, split, to_stored
+from detr_lightning.batch import HostBatch, sizes_of_batch, split, to_stored
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.errors import SettingError, SettingTypeError, check_choice
 from detr_lightning.extraction.previous import read_previous
@@ -103,9 +103,8 @@ class EmbeddingWriter(BasePredictionWriter):
         architecture = model.detr.architecture
         shape = architecture.shape
         return sum(
-            container + nbytes(model.keys, shape, FeatureSizes.single(feature_size), self.dtype)
+            container + nbytes(model.keys, shape, architecture.feature_sizes(entry.input_size), self.dtype)
             for entry in self.extraction.pending
-            for feature_size in [architecture.feature_size(entry.input_size)]
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -185,10 +184,8 @@ class EmbeddingWriter(BasePredictionWriter):
         for image_id, reason in batch["failed"]:
             run.fail(image_id, reason)
         arrived = HostBatch(prediction)
-        for image_id, feature_size, tensors in zip(
-            prediction["image_id"], prediction["feature_size"], split(arrived.tensors), strict=True
-        ):
-            self._writing.add(pool.submit(self._write, image_id, feature_size, tensors[1], arrived))
+        for (image_id, tensors), features in zip(split(arrived.tensors), sizes_of_batch(prediction), strict=True):
+            self._writing.add(pool.submit(self._write, image_id, features, tensors, arrived))
         self._collect(QUEUED_IMAGES)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,13 +233,11 @@ class EmbeddingWriter(BasePredictionWriter):
                 return
             done, self._writing = wait(self._writing, return_when=FIRST_COMPLETED)
 
-    def _write(
-        self, image_id: int, feature_size: tuple[int, int], tensors: dict[str, Tensor], arrived: HostBatch
-    ) -> None:
+    def _write(self, image_id: int, features: FeatureSizes, tensors: dict[str, Tensor], arrived: HostBatch) -> None:
         arrived.wait()
         assert self.extraction is not None
         stored = {key: to_stored(key, image_id, tensor, dtype_of(key, self.dtype)) for key, tensor in tensors.items()}
-        size = self.extraction.save(image_id, stored, FeatureSizes.single(feature_size))
+        size = self.extraction.save(image_id, stored, features)
         with self._count:
             self.images_written += 1
             self.bytes_written += size

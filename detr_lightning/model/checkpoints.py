@@ -20,9 +20,11 @@ from torch import Tensor
 
 from detr_lightning.errors import InputError, SettingError, check_choice, count
 from detr_lightning.format.preprocessing import Preprocessing
+from detr_lightning.model.checkpoint import Checkpoint
 from detr_lightning.model.detr import hugging_face
 from detr_lightning.model.detr.detr import DETR, Architecture
 from detr_lightning.model.detr.official import OFFICIAL, fetch
+from detr_lightning.model.family_folder import load_folder
 from detr_lightning.model.labels import coco_ids
 from detr_lightning.model.state_dicts import find_detr, taken_for
 from detr_lightning.model.weight_files import read_pickled, sha256_of
@@ -38,41 +40,12 @@ ENCODER = "transformer.encoder.layers."
 DECODER = "transformer.decoder.layers."
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model and where it comes from.
-
-    Attributes:
-        model: Ready for inference, in float32 on the CPU.
-        name: The official name, the hub id, `random`, or the name of the local file or folder.
-        sha256: Of the file; of several files, as if they were one; of the tensors if they are random. With averaged
-            weights that were chosen over others, of the file's sha256 and the word `ema`.
-        notes: What was decided that tensors do not tell, for the user to read.
-        preprocessing: How images become the model's input.
-        category_names: The name of a category by logit index; None where the checkpoint has no names.
-        category_ids: The COCO category id of each logit but "no object"; None where the names are not COCO's. Without
-            names they are the indices, as in the official code.
-        scoring: `softmax`, where the last logit is "no object", or `sigmoid`, where every logit is a category.
-        family: The model's type, as transformers names it.
-    """
-
-    model: DETR
-    name: str
-    sha256: str
-    notes: str
-    preprocessing: Preprocessing = field(default_factory=Preprocessing)
-    category_names: dict[int, str] | None = None
-    category_ids: tuple[int, ...] | None = None
-    scoring: str = "softmax"
-    family: str = "detr"
-
-
 def load(weights: str, nheads: int | None = None, dilation: bool | None = None, ema: bool | None = None) -> Checkpoint:
     """Find weights, read the architecture off them, and build the model.
 
     Args:
-        weights: An official name, a file in the official layout or with Hugging Face's names, a Hugging Face DETR
-            folder or hub id (`organisation/name`, with `@revision` if need be), or `random` (always the same).
+        weights: An official name, a file in the official layout or with Hugging Face's names, a folder in transformers'
+            layout or hub id (`organisation/name`, with `@revision` if need be), or `random` (always the same).
         nheads: The number of attention heads; None takes what is known of the weights, else 8.
         dilation: Whether the last stage is dilated (DC5); None takes what is known of the weights, else false.
         ema: Whether to take a file's averaged (EMA) weights; None takes them where the file has no others.
@@ -85,7 +58,12 @@ def load(weights: str, nheads: int | None = None, dilation: bool | None = None, 
     """
     if weights == RANDOM:
         return _random(nheads, dilation)
-    source = _find(weights, ema)
+    folder = _folder(weights)
+    if folder is not None and (model_type := hugging_face.read_config(folder[0]).get("model_type")) != "detr":
+        if any(value is not None for value in (nheads, dilation, ema)):
+            raise SettingError("model.nheads, model.dilation and model.ema are for DETR alone. Leave them out.")
+        return load_folder(*folder, str(model_type))
+    source = _from_file(weights, ema) if folder is None else _from_folder(*folder, ema)
     architecture = _sizes(source)
     heads, heads_from = _settle(source, "nheads", nheads, architecture.nheads)
     dilated, dilated_from = _settle(source, "dilation", dilation, False)
@@ -120,21 +98,29 @@ class _Source:
     remarks: tuple[str, ...] = ()
 
 
-def _find(weights: str, ema: bool | None) -> _Source:
+def _folder(weights: str) -> tuple[Path, str] | None:
+    """Return a Hugging Face folder, fetched from the hub if need be, and its name; None for files of weights.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        SettingError: There cannot be.
+    """
     path = Path(weights).expanduser()
     if weights in OFFICIAL or path.is_file():
-        return _from_file(weights, path, ema)
+        return None
+    if weights and path.is_dir():
+        return path, path.resolve().name
+    if path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt") or re.match(r"[/~.]", weights):
+        raise FileNotFoundError(f"model.weights: there is no file or folder {weights!r}.")
+    if not hugging_face.HUB_ID.fullmatch(weights):
+        check_choice("model.weights", weights, [*OFFICIAL, RANDOM, "a .pth file", "a Hugging Face folder or hub id"])
+    return hugging_face.from_hub(weights), weights
+
+
+def _from_folder(path: Path, name: str, ema: bool | None) -> _Source:
+    """Read a Hugging Face DETR folder."""
     if ema is not None:
         raise SettingError("model.ema belongs to a file of weights, not to a folder or hub id. Leave it out.")
-    name = path.resolve().name
-    if not weights or not path.is_dir():
-        if path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt") or re.match(r"[/~.]", weights):
-            raise FileNotFoundError(f"model.weights: there is no file or folder {weights!r}.")
-        if not hugging_face.HUB_ID.fullmatch(weights):
-            check_choice(
-                "model.weights", weights, [*OFFICIAL, RANDOM, "a .pth file", "a Hugging Face folder or hub id"]
-            )
-        path, name = hugging_face.from_hub(weights), weights
     folder = hugging_face.read_folder(path)
     return _Source(
         name,
@@ -147,8 +133,9 @@ def _find(weights: str, ema: bool | None) -> _Source:
     )
 
 
-def _from_file(weights: str, path: Path, ema: bool | None) -> _Source:
+def _from_file(weights: str, ema: bool | None) -> _Source:
     """Read a file that is there, or a published one."""
+    path = Path(weights).expanduser()
     official = OFFICIAL.get(weights)
     known_from = "official"
     if official:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_lightning.errors import SettingError
-from detr_lightning.format.keys import RESNET_CHANNELS, ModelShape
+from detr_lightning.format.keys import KEYS, RESNET_CHANNELS, FeatureSizes, ModelShape
 from detr_lightning.format.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from detr_lightning.model.detr.backbone import Backbone
 from detr_lightning.model.detr.position_encoding import LearnedPositionEncoding, SinePositionEncoding
@@ -88,6 +88,10 @@ class Architecture:
             )
         return height, width
 
+    def feature_sizes(self, input_size: tuple[int, int]) -> FeatureSizes:
+        """Return the sizes of an image's feature maps, of which there is one; see `feature_size`."""
+        return FeatureSizes.single(self.feature_size(input_size))
+
 
 class MLP(nn.Module):
     """The three layers that turn an embedding into a box."""
@@ -128,6 +132,11 @@ class DETR(nn.Module):
         self.query_embed = nn.Embedding(a.num_queries, a.hidden_dim)
         self.class_embed = nn.Linear(a.hidden_dim, a.num_logits)
         self.bbox_embed = MLP(a.hidden_dim, 4)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that the model has."""
+        return KEYS
 
     def forward(
         self,

@@ -114,7 +114,7 @@ def read_folder(folder: Path) -> Folder:
         known, names = _facts(config), names_of_config(config)
     except (ValueError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from error
-    files = _weight_files(folder)
+    files = weight_files(folder)
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _read(file)
@@ -274,7 +274,12 @@ def _require(settings: dict[str, Any], **allowed: Any) -> None:
             raise InputError(f"{key} is {settings[key]!r}, and only {value!r} can be read.")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Return a folder's files of weights.
+
+    Raises:
+        FileNotFoundError: There are none, or one of several is missing.
+    """
     for name in FILES:
         file = folder / name
         if file.is_file() and name.endswith(".index.json"):

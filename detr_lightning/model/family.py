@@ -1,0 +1,280 @@
+"""The other detectors of DETR's family, computed by transformers' own networks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detr_lightning.errors import InputError, SettingError
+from detr_lightning.format.keys import KEYS, FeatureSizes, ModelShape, Size
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """What differs between the models.
+
+    Attributes:
+        scoring: `softmax`, where the last logit is "no object", or `sigmoid`.
+        encoder: Whether a transformer encoder runs over all features, so that there are `encoder_layers`.
+        dense: Whether the decoder attends to every feature, so that there is `cross_attention`.
+        two_stage: Whether queries are chosen by score, so that a query's number is a rank. Deformable DETR's config
+            tells.
+    """
+
+    scoring: str = "sigmoid"
+    encoder: bool = False
+    dense: bool = False
+    two_stage: bool = True
+
+
+MODEL_TYPES = {
+    "table-transformer": ModelType("softmax", encoder=True, dense=True, two_stage=False),
+    "conditional_detr": ModelType(encoder=True, dense=True, two_stage=False),
+    "dab-detr": ModelType(encoder=True, dense=True, two_stage=False),
+    "deformable_detr": ModelType(encoder=True, two_stage=False),
+    "rt_detr": ModelType(),
+    "rt_detr_v2": ModelType(),
+    "d_fine": ModelType(),
+    "deimv2": ModelType(),
+    "rf_detr": ModelType(),
+    "lw_detr": ModelType(),
+}
+"""The models by transformers' `model_type`."""
+
+
+PROBE = (256, 256)
+"""The height and width of the image that sizes are found with, where they vary: divisible by every stride."""
+
+
+@dataclass(frozen=True)
+class FamilyArchitecture:
+    """The sizes of a model, found by running it once.
+
+    Attributes:
+        model_type: As transformers names it.
+        shape: The sizes that shapes depend on.
+        probed: Height and width of the image that was run.
+        features: The sizes of its feature maps.
+    """
+
+    model_type: str
+    shape: ModelShape
+    probed: Size
+    features: FeatureSizes
+
+    @property
+    def name(self) -> str:
+        """The name for users."""
+        return self.model_type
+
+    @property
+    def num_logits(self) -> int:
+        """The number of class logits."""
+        return self.shape.num_logits
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the metadata records."""
+        return {"model_type": self.model_type, **vars(self.shape)}
+
+    def feature_sizes(self, input_size: Size) -> FeatureSizes:
+        """Return the sizes of an image's feature maps, for an input of this height and width."""
+        if input_size == self.probed:
+            return self.features
+
+        def scaled(size: Size) -> Size:
+            height, width = (
+                _strided(side, probed, found) for side, probed, found in zip(input_size, self.probed, size, strict=True)
+            )
+            return height, width
+
+        return FeatureSizes(tuple(map(scaled, self.features.levels)), scaled(self.features.backbone))
+
+
+def _strided(side: int, probed: int, found: int) -> int:
+    """Return a feature map's side: every stage divides it, rounding up."""
+    return -(-side // (probed // found))
+
+
+class FamilyDetector(nn.Module):
+    """A detector of transformers that returns its embeddings under this package's keys.
+
+    Args:
+        model: An `...ForObjectDetection` of transformers.
+        input_size: Height and width that every image has; None where sizes vary.
+    """
+
+    def __init__(self, model: nn.Module, input_size: Size | None = None) -> None:
+        super().__init__()
+        self.model: Any = model.eval().requires_grad_(False)
+        self.input_size = input_size
+
+    @property
+    def kind(self) -> ModelType:
+        """What is known of the model's type."""
+        return MODEL_TYPES[self.model.config.model_type]
+
+    @cached_property
+    def architecture(self) -> FamilyArchitecture:
+        """The sizes. The model is run once to find them."""
+        size = self.input_size or PROBE
+        image = torch.zeros(1, 3, *size, dtype=self.model.dtype, device=self.model.device)
+        with torch.inference_mode():
+            out, levels = self._run(image, ("backbone_features", "encoder_output", "decoder_output", "pred_logits"))
+        backbone = out["backbone_features"]
+        _, layers, queries, width = out["decoder_output"].shape
+        shape = ModelShape(
+            feature_channels=backbone.shape[1],
+            hidden_dim=width,
+            encoder_layers=len(self._encoder_layers) if self.kind.encoder else 0,
+            decoder_layers=layers,
+            num_queries=queries,
+            num_logits=out["pred_logits"].shape[-1],
+        )
+        height, width = backbone.shape[-2:]
+        features = FeatureSizes(levels or ((height, width),), (height, width))
+        return FamilyArchitecture(self.model.config.model_type, shape, size, features)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that the model has."""
+        has = {"cross_attention": self.kind.dense, "encoder_layers": self.kind.encoder}
+        return tuple(key for key in KEYS if has.get(key, True))
+
+    def for_inference(self, dtype: torch.dtype | None = None) -> FamilyDetector:
+        """Return a copy that runs: the same results to rounding, in less time."""
+        model = copy.deepcopy(self.model)
+        copied = FamilyDetector(model.to(dtype) if dtype else model, self.input_size)
+        copied.__dict__["architecture"] = self.architecture  # found once
+        return copied
+
+    def forward(
+        self,
+        pixels: Tensor,
+        padding_mask: Tensor | None = None,
+        keys: Collection[str] = ("query_embeddings", "pred_logits", "pred_boxes"),
+    ) -> dict[str, Tensor]:
+        """Compute the tensors that `keys` names.
+
+        Args:
+            pixels: `[B, 3, h, w]`, as the model's image processor makes them.
+            padding_mask: Not possible here.
+            keys: Which tensors to return.
+
+        Returns:
+            Batch-first tensors, as for `DETR.forward`; `H*W` is the sum over all levels.
+
+        Raises:
+            SettingError: There is a padding mask, or `pixels` are uint8.
+            InputError: The feature maps have other sizes than planned.
+        """
+        if padding_mask is not None:
+            raise SettingError("data.batching padded is for DETR alone. Leave it out.")
+        if not pixels.is_floating_point():
+            raise SettingError(
+                f"{self.model.config.model_type} takes the pixels of its image processor, not {pixels.dtype}."
+            )
+        out, levels = self._run(pixels.to(self.model.dtype), keys)
+        size = (pixels.shape[-2], pixels.shape[-1])
+        planned = self.architecture.feature_sizes(size).levels
+        if levels and levels != planned:
+            raise InputError(f"An input of {size} has feature maps of {levels}, and {planned} were expected.")
+        return out
+
+    @property
+    def _encoder_layers(self) -> nn.ModuleList:
+        layers: nn.ModuleList = self.model.model.encoder.layers
+        return layers
+
+    def _run(self, pixels: Tensor, keys: Collection[str]) -> tuple[dict[str, Tensor], tuple[Size, ...]]:
+        """Return the tensors, and the sizes of the levels; none where the model has only one."""
+        inner = self.model.model
+        attentions = "cross_attention" in keys
+        if attentions and self.model.config._attn_implementation != "eager":
+            self.model.set_attn_implementation("eager")  # others do not return their weights
+        with _watching(inner, self.kind.encoder and "encoder_layers" in keys) as seen:
+            found = self.model(pixel_values=pixels, **({"output_attentions": True} if attentions else {}))
+        decoder_norm = getattr(inner.decoder, "layernorm", None) or nn.Identity()
+        decoded = [decoder_norm(x) for x in seen.decoder]
+        out: dict[str, Tensor] = {
+            "backbone_features": seen.backbone[0],
+            "encoder_output": seen.memory[0],
+            "query_embeddings": decoded[-1],
+            "pred_logits": found.logits.float() if found.logits.dtype != torch.float64 else found.logits,
+            "pred_boxes": found.pred_boxes.float() if found.pred_boxes.dtype != torch.float64 else found.pred_boxes,
+        }
+        if "decoder_output" in keys:
+            out["decoder_output"] = torch.stack(decoded, dim=1)
+        if "encoder_layers" in keys:
+            encoder_norm = getattr(inner.encoder, "layernorm", None) or nn.Identity()
+            out["encoder_layers"] = torch.stack([encoder_norm(x) for x in seen.encoder], dim=1)
+        if attentions:
+            out["cross_attention"] = torch.stack([weights.mean(1) for weights in found.cross_attentions], dim=1)
+        return {key: out[key] for key in out if key in keys}, seen.levels
+
+
+class _Seen:
+    """What passed through a model's parts."""
+
+    def __init__(self) -> None:
+        self.backbone: list[Tensor] = []
+        self.memory: list[Tensor] = []
+        self.levels: tuple[Size, ...] = ()
+        self.encoder: list[Tensor] = []
+        self.decoder: list[Tensor] = []
+
+
+@contextmanager
+def _watching(inner: Any, encoder: bool) -> Iterator[_Seen]:
+    """Keep what passes through the parts of a model while it runs."""
+    seen = _Seen()
+
+    def before_decoder(_module: nn.Module, _args: Any, settings: Mapping[str, Any]) -> None:
+        seen.memory.append(settings["encoder_hidden_states"])
+        levels = settings.get("spatial_shapes_list") or ()
+        seen.levels = tuple((int(height), int(width)) for height, width in levels)
+
+    hooks = [
+        _backbone(inner).register_forward_hook(lambda _m, _a, out: seen.backbone.append(_last_map(out))),
+        inner.decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
+        *(layer.register_forward_hook(_appender(seen.decoder)) for layer in inner.decoder.layers),
+        *(layer.register_forward_hook(_appender(seen.encoder)) for layer in (inner.encoder.layers if encoder else ())),
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _appender(seen: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    def append(_module: nn.Module, _args: Any, out: Any) -> None:
+        seen.append(out[0] if isinstance(out, tuple) else out)
+
+    return append
+
+
+def _backbone(inner: Any) -> nn.Module:
+    """Return the module whose output is the backbone's feature maps."""
+    if hasattr(inner, "backbone"):
+        found: nn.Module = inner.backbone
+    else:  # DEIMv2's encoder of convolutions holds it, beside the projections
+        encoder = inner.conv_encoder
+        found = encoder.backbone if hasattr(encoder, "backbone") else encoder.model
+    return found
+
+
+def _last_map(out: Any) -> Tensor:
+    """Return the last feature map of what a backbone returned: maps, pairs of a map and its mask, or lists of them."""
+    while not isinstance(out, Tensor):
+        if hasattr(out, "feature_maps"):
+            out = out.feature_maps
+        # A pair's second part is a mask or the positions; a list's last entry is its last level.
+        out = out[0] if isinstance(out, tuple) and len(out) == 2 and not isinstance(out[0], tuple) else out[-1]
+    return out
