@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from detr_lightning.detections import probabilities
 from detr_lightning.errors import InputError
-from detr_lightning.format.keys import KEYS, FeatureSizes
+from detr_lightning.format.keys import AXES, KEYS, QUERY_INDEX, FeatureSizes
 
 
 def split(batch: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
@@ -90,6 +91,33 @@ class HostBatch:
         """Return when everything has arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
+
+
+def keep_queries(
+    image_id: int, tensors: Mapping[str, torch.Tensor], min_score: float, scoring: str
+) -> dict[str, torch.Tensor]:
+    """Return an image's tensors with only the queries whose best category scores enough, and which these are.
+
+    Args:
+        image_id: The image.
+        tensors: By key, `pred_logits` among them.
+        min_score: The lowest score of a query that is kept.
+        scoring: How logits become probabilities.
+
+    Returns:
+        The same tensors, `K` long where they have an axis of queries, and `query_index` `[K]`.
+
+    Raises:
+        InputError: The logits are not finite.
+    """
+    logits = tensors["pred_logits"].to(torch.float32)  # as they are stored
+    check_finite("pred_logits", image_id, logits)
+    kept = (probabilities(logits, scoring).amax(-1) >= min_score).nonzero().flatten()  # [K]
+    selected = {
+        key: tensor.index_select(AXES[key].index("queries"), kept) if "queries" in AXES[key] else tensor
+        for key, tensor in tensors.items()
+    }
+    return {**selected, QUERY_INDEX: kept}
 
 
 def to_stored(key: str, image_id: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -68,6 +68,8 @@ class DETRExtractor(LightningModule):
             )
         if compile and not isinstance(self.detr, DETR):
             raise SettingError(f"model.compile is for DETR alone, and {weights} is a {self.checkpoint.family}.")
+        self.further_keys: tuple[str, ...] = ()
+        """Keys that `predict_step` returns besides, for a writer that needs them."""
         self.network: DETR | FamilyDetector | None = None
         self.results: list[dict[str, Any]] = []
         self.metrics: dict[str, float] = {}
@@ -135,7 +137,8 @@ class DETRExtractor(LightningModule):
         """
         if not batch["image_id"]:
             return {"image_id": [], "feature_size": []}
-        tensors = self(batch["pixels"], batch.get("padding_mask"))
+        keys = tuple(dict.fromkeys((*self.keys, *self.further_keys)))
+        tensors = self(batch["pixels"], batch.get("padding_mask"), keys)
         if "padding_mask" in tensors:
             rows, columns = (
                 (~tensors["padding_mask"]).any(axis).sum(1).tolist()
@@ -144,7 +147,7 @@ class DETRExtractor(LightningModule):
             features = [FeatureSizes.single(size) for size in zip(rows, columns, strict=True)]
         else:
             features = [self.detr.architecture.feature_sizes(size) for size in batch["input_size"]]
-        names = [*self.keys, *(["padding_mask"] if "padding_mask" in tensors else [])]
+        names = [*keys, *(["padding_mask"] if "padding_mask" in tensors else [])]
         # What is cloned outside of inference mode can enter autograd.
         with torch.inference_mode(False), torch.no_grad():
             kept = {name: tensors[name].clone() if tensors[name].is_inference() else tensors[name] for name in names}

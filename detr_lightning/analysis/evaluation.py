@@ -34,11 +34,10 @@ def evaluate_store(
         InputError: The store keeps only some queries, the annotation file is of other images, or has none of them.
         SettingError: The store lacks the logits or boxes.
     """
-    kept = store.metadata.get("min_score")
-    if kept is not None:
+    if store.min_score is not None:
         raise InputError(
-            f"{store.name} keeps only queries that score {kept} or more. Average precision needs all: extract "
-            "without writer.min_score, or run `validate`."
+            f"{store.name} keeps only queries that score {store.min_score} or more. Average precision needs all: "
+            "extract without writer.min_score, or run `validate`."
         )
     predictions = Predictions(store)
     content = read_annotations(annotation_file, store, whole=False)

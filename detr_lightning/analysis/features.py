@@ -74,7 +74,7 @@ def _of_image(
 ) -> list[tuple[str, torch.Tensor]]:
     """Return the name and the features `[n, d]` of each layer of a key."""
     if key == "decoder_output":
-        layers = store.load(image_id, key)[:, queries].float()  # [L, n, d]
+        layers = store.load(image_id, key)[:, store.positions(image_id, queries)].float()  # [L, n, d]
         return [(f"decoder {number}", layer) for number, layer in enumerate(layers, start=1)]
     from torchvision.ops import roi_align
 

@@ -60,7 +60,7 @@ class ObjectReader:
             raise SettingError(f"key is {key!r}; an object has query_embeddings, decoder_output, or None.")
         if not 0 < iou <= 1:
             raise SettingError(f"iou is {iou}; an overlap is above 0 and at most 1.")
-        self.predictions = Predictions(store)
+        self.predictions = Predictions(store, threshold)
         store.require(*([key] if key else []))
         self.store, self.threshold, self.key, self.layer, self.iou = store, threshold, key, layer, iou
         self.ids = [store.entry(image_id).image_id for image_id in (store if image_ids is None else image_ids)]
@@ -108,7 +108,7 @@ class ObjectReader:
         columns = {
             "image_id": np.full(len(rows), image_id),
             "file_name": np.full(len(rows), entry.file_name, object),
-            "query": rows.numpy(),
+            "query": self.store.queries(image_id, len(found.scores))[rows].numpy(),
             "category_id": found.labels[rows].numpy(),
             "score": found.scores[rows].double().numpy(),
             **dict(zip(CORNERS, corners.T, strict=True)),

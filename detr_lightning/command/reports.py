@@ -39,8 +39,11 @@ def announcement(
     there = f", {finished} more are there already" if finished else ""
     lines.append(
         f"{count(len(run.pending), 'image')} to {writer.output_dir} ({model.hparams['extract_type']}){there}: "
-        f"about {decimal(writer.bytes_needed(model))}, {decimal(free)} free"
+        f"{'about' if writer.min_score is None else 'at most'} {decimal(writer.bytes_needed(model))}, "
+        f"{decimal(free)} free"
     )
+    if writer.min_score is not None:
+        lines.append(f"Only queries that score {writer.min_score} or more are kept: the sizes are upper bounds.")
     if not data.records:
         return [*lines]
     record = data.records[0]
@@ -55,7 +58,7 @@ def announcement(
     table.columns[3].justify = "right"
     shape = model.detr.architecture.shape
     features = model.detr.architecture.feature_sizes(data.resize(record.size))
-    for key in model.keys:
+    for key in writer.keys(model):
         dtype = str(dtype_of(key, writer.dtype)).removeprefix("torch.")
         size = f"{nbytes([key], shape, features, writer.dtype):,}"
         table.add_row(key, str(list(shape_of(key, shape, features))), dtype, size)
@@ -84,7 +87,8 @@ def result(writer: EmbeddingWriter, metadata: Metadata, seconds: float, ranks: i
     others = " by rank 0" if ranks > 1 else ""
     table.add_row("written", f"{count(written, 'image')}{others}, {decimal(writer.bytes_written)}")
     table.add_row("folder", f"{writer.output_dir}: {count(len(metadata.images), 'image')} and {METADATA}")
-    table.add_row("time", f"{seconds:.1f} s, {written / seconds:.2f} images/s")
+    speed = f", {written / seconds:.2f} images/s" if seconds > 0 else ""  # A clock may stand still.
+    table.add_row("time", f"{seconds:.1f} s{speed}")
     if not failed:
         return [table]
     table.add_row("skipped", f"{count(len(failed), 'image')}, listed under 'failed' in metadata.json")

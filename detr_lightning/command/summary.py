@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from detr_lightning.store.verify import summary
+from detr_lightning.store.summary import summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

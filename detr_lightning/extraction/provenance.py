@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from detr_lightning import __version__
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.extractor import DETRExtractor
+from detr_lightning.format.keys import QUERY_INDEX
 from detr_lightning.format.schema import ModelRecord, RunRecord, RunSettings
 
 PACKAGES = ("lightning", "torch", "torchvision", "pillow")
@@ -25,7 +26,7 @@ def provenance(trainer: Trainer, model: DETRExtractor, data: COCODataModule, wri
         trainer: Who computes, where and in which precision.
         model: The model.
         data: The images.
-        writer: The writer's settings, `dtype` among them.
+        writer: The writer's settings, `dtype` and `min_score` among them.
     """
     checkpoint = model.checkpoint
     settings = RunSettings(
@@ -37,7 +38,7 @@ def provenance(trainer: Trainer, model: DETRExtractor, data: COCODataModule, wri
             scoring=checkpoint.scoring,
             category_ids=checkpoint.category_ids,
         ),
-        keys=model.keys,
+        keys=model.keys if writer["min_score"] is None else (*model.keys, QUERY_INDEX),
         dtype=writer["dtype"],
         preprocessing={
             **data.preprocessing,
@@ -46,6 +47,7 @@ def provenance(trainer: Trainer, model: DETRExtractor, data: COCODataModule, wri
         },
         batching=data.batching,
         precision=str(trainer.precision) + (", TF32" if model.hparams["tf32"] else ""),
+        min_score=writer["min_score"],
     )
     return RunRecord(
         extract_type=model.hparams["extract_type"],

@@ -27,7 +27,7 @@ from detr_lightning.extraction.previous import PreviousRun, read_previous, stamp
 from detr_lightning.format.archive import WholeFiles
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.files import fsync_folder, replacing, save_tensors, write_json
-from detr_lightning.format.keys import FeatureSizes
+from detr_lightning.format.keys import QUERY_INDEX, FeatureSizes
 from detr_lightning.format.names import METADATA, RUN, STATE, TEMPORARY, file_name
 from detr_lightning.format.schema import Metadata, RunRecord
 from detr_lightning.format.state import read_entries, run_to_json, token_of
@@ -171,7 +171,15 @@ class ExtractionRun:
     def save(self, image_id: int, tensors: Mapping[str, Tensor], features: FeatureSizes) -> int:
         """Write an image's file and then its entry; return the file's bytes. Any thread may call it."""
         saved = save_tensors(self.folder, image_id, tensors)
-        self._write(replace(self.images[image_id], features=features, bytes=saved.bytes, checksum=saved.checksum))
+        index = tensors.get(QUERY_INDEX)
+        entry = replace(
+            self.images[image_id],
+            features=features,
+            bytes=saved.bytes,
+            checksum=saved.checksum,
+            num_queries=None if index is None else len(index),
+        )
+        self._write(entry)
         return saved.bytes
 
     def fail(self, image_id: int, reason: str) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from detr_lightning.batch import HostBatch, sizes_of_batch, split, to_stored
+from detr_lightning.batch import HostBatch, keep_queries, sizes_of_batch, split, to_stored
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.errors import SettingError, SettingTypeError, check_choice
 from detr_lightning.extraction.previous import read_previous
@@ -21,7 +21,7 @@ from detr_lightning.extraction.provenance import provenance
 from detr_lightning.extraction.run import IF_EXISTS, ExtractionRun
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.entries import ImageEntry, SkippedImage
-from detr_lightning.format.keys import DTYPES, FeatureSizes, dtype_of, nbytes
+from detr_lightning.format.keys import DTYPES, QUERY_INDEX, FeatureSizes, dtype_of, nbytes
 from detr_lightning.format.schema import Metadata
 from detr_lightning.ranks import from_rank_0, gather
 from detr_lightning.system import SideThreads
@@ -39,6 +39,8 @@ class EmbeddingWriter(BasePredictionWriter):
         if_exists: What to do about a folder that is in use: `resume` what is missing, `overwrite` what an earlier run
             wrote, or stop with an `error` unless it is empty.
         threads: Threads that write files.
+        min_score: Keep only queries whose best category scores at least this, from 0 to 1, and `query_index`, which
+            tells which they are. By default all queries are kept.
 
     Raises:
         ValueError: A setting that is not allowed; the message says what is.
@@ -50,6 +52,7 @@ class EmbeddingWriter(BasePredictionWriter):
         dtype: str = "float32",
         if_exists: str = "resume",
         threads: int = 2,
+        min_score: float | None = None,
     ) -> None:
         super().__init__("batch")
         if not output_dir:
@@ -60,6 +63,9 @@ class EmbeddingWriter(BasePredictionWriter):
         if threads < 1:
             raise SettingError(f"writer.threads is {threads}, but must be at least 1.")
         self.threads = threads
+        if min_score is not None and not 0 <= min_score <= 1:
+            raise SettingError(f"writer.min_score is {min_score}; a score is a probability, from 0 to 1.")
+        self.min_score = min_score
         self.extraction: ExtractionRun | None = None
         self.finished: frozenset[int] = frozenset()
         self.metadata: Metadata | None = None
@@ -68,6 +74,8 @@ class EmbeddingWriter(BasePredictionWriter):
         self._count = threading.Lock()
         self._pool: SideThreads | None = None
         self._writing: set[Future[None]] = set()
+        self._keys: tuple[str, ...] = ()
+        self._scoring = "softmax"
 
     def plan(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun:
         """Compare what is asked for with what the folder holds, and change nothing.
@@ -92,18 +100,27 @@ class EmbeddingWriter(BasePredictionWriter):
             for record in data.records
         ]
         failures = [SkippedImage(record.image_id, record.file_name, reason) for record, reason in data.failures]
-        settings = {"output_dir": str(self.output_dir), "dtype": self.dtype, "if_exists": self.if_exists}
+        settings = {
+            "output_dir": str(self.output_dir),
+            "dtype": self.dtype,
+            "if_exists": self.if_exists,
+            "min_score": self.min_score,
+        }
         record = provenance(trainer, model, data, settings)
         return ExtractionRun(self.output_dir, record, images, failures, self.if_exists)
 
+    def keys(self, model: DETRExtractor) -> tuple[str, ...]:
+        """Return the keys of each file."""
+        return model.keys if self.min_score is None else (*model.keys, QUERY_INDEX)
+
     def bytes_needed(self, model: DETRExtractor) -> int:
-        """Return about how many bytes the planned images that are not finished will take."""
+        """Return about how many bytes the planned images that are not finished will take, at most with `min_score`."""
         assert self.extraction is not None, "plan comes first"
         container = 2048
         architecture = model.detr.architecture
         shape = architecture.shape
         return sum(
-            container + nbytes(model.keys, shape, architecture.feature_sizes(entry.input_size), self.dtype)
+            container + nbytes(self.keys(model), shape, architecture.feature_sizes(entry.input_size), self.dtype)
             for entry in self.extraction.pending
         )
 
@@ -124,6 +141,8 @@ class EmbeddingWriter(BasePredictionWriter):
         token, self.finished, data.images = from_rank_0(trainer, lambda: self._begin(trainer, pl_module, data))
         problems = gather(trainer, self._join(trainer, pl_module, data, token))
         from_rank_0(trainer, lambda: self._check_ranks(problems))
+        self._keys, self._scoring = pl_module.keys, pl_module.checkpoint.scoring
+        pl_module.further_keys = () if self.min_score is None else ("pred_logits",)
 
     def _begin(
         self, trainer: Trainer, model: DETRExtractor, data: COCODataModule
@@ -209,6 +228,8 @@ class EmbeddingWriter(BasePredictionWriter):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the folder, also where nothing was predicted."""
+        if isinstance(pl_module, DETRExtractor):
+            pl_module.further_keys = ()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -236,6 +257,9 @@ class EmbeddingWriter(BasePredictionWriter):
     def _write(self, image_id: int, features: FeatureSizes, tensors: dict[str, Tensor], arrived: HostBatch) -> None:
         arrived.wait()
         assert self.extraction is not None
+        if self.min_score is not None:
+            kept = keep_queries(image_id, tensors, self.min_score, self._scoring)
+            tensors = {key: kept[key] for key in (*self._keys, QUERY_INDEX)}
         stored = {key: to_stored(key, image_id, tensor, dtype_of(key, self.dtype)) for key, tensor in tensors.items()}
         size = self.extraction.save(image_id, stored, features)
         with self._count:

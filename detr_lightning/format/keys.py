@@ -30,6 +30,9 @@ ON_REQUEST = ("cross_attention", "encoder_layers")
 
 KEYS = EXTRACT_TYPES["all"] + ON_REQUEST
 
+QUERY_INDEX = "query_index"
+"""The key that tells which queries a file keeps. `writer.min_score` adds it; it cannot be asked for by name."""
+
 PREDICTIONS = ("pred_logits", "pred_boxes")
 """Keys that stay float32 whatever `writer.dtype` is: half precision would move a box by up to half a pixel."""
 
@@ -42,6 +45,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "pred_boxes": ("queries", "coordinates"),
     "cross_attention": ("layers", "queries", "places"),
     "encoder_layers": ("layers", "places", "features"),
+    QUERY_INDEX: ("queries",),
 }
 """The axes of each key. `places` are the positions of all feature maps that the decoder reads."""
 
@@ -137,13 +141,14 @@ class FeatureSizes:
         return sum(height * width for height, width in self.levels)
 
 
-def shape_of(key: str, model: ModelShape, features: FeatureSizes) -> tuple[int, ...]:
+def shape_of(key: str, model: ModelShape, features: FeatureSizes, num_queries: int | None = None) -> tuple[int, ...]:
     """Return the shape of one image's tensor.
 
     Args:
-        key: One of `KEYS`.
+        key: One of `AXES`.
         model: The model's sizes.
         features: The sizes of the image's feature maps.
+        num_queries: The queries that were kept; by default all.
     """
     height, width = features.backbone
     lengths = {
@@ -153,7 +158,7 @@ def shape_of(key: str, model: ModelShape, features: FeatureSizes) -> tuple[int, 
         "places": features.places,
         "features": model.hidden_dim,
         "layers": model.encoder_layers if key == "encoder_layers" else model.decoder_layers,
-        "queries": model.num_queries,
+        "queries": model.num_queries if num_queries is None else num_queries,
         "logits": model.num_logits,
         "coordinates": 4,
     }
@@ -162,6 +167,8 @@ def shape_of(key: str, model: ModelShape, features: FeatureSizes) -> tuple[int, 
 
 def dtype_of(key: str, dtype: str) -> torch.dtype:
     """Return the dtype in which a key is stored when `writer.dtype` is `dtype`."""
+    if key == QUERY_INDEX:
+        return torch.int64
     return torch.float32 if key in PREDICTIONS else DTYPES[dtype]
 
 

@@ -92,6 +92,12 @@ class MetadataFile:
         return value if isinstance(value, str) else None
 
     @property
+    def min_score(self) -> float | None:
+        """The score that a query needed to be kept, or None where all were kept."""
+        value = self.content.get("min_score")
+        return float(value) if isinstance(value, int | float) else None
+
+    @property
     def run(self) -> RunRecord:
         """All that is recorded besides the images.
 

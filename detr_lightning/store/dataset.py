@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from detr_lightning.errors import SettingError
 from detr_lightning.store.tensors import Tensors
 
 POOLED_AXES: dict[str, tuple[int, ...]] = {
@@ -28,6 +29,11 @@ def pooled(tensor: Tensor, key: str, pool: str | None) -> Tensor:
     if pool is None:
         return tensor
     axes = POOLED_AXES[key]
+    if not all(tensor.shape[axis] for axis in axes):
+        raise SettingError(
+            f"an image has no kept queries, so its {key} cannot be pooled. "
+            "Choose images that have some: [i for i in store if store.entry(i).num_queries]."
+        )
     return tensor.float().mean(axes) if pool == "mean" else tensor.float().amax(axes)
 
 

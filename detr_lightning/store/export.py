@@ -171,13 +171,13 @@ def _write_coco(store: EmbeddingStore, path: Path, ids: list[int], threshold: fl
     Raises:
         ValueError: No detection reaches the threshold; `loadRes` cannot read an empty file.
     """
-    predictions = Predictions(store)
+    predictions = Predictions(store, threshold)
     separator = "[\n"
     best = 0.0
     with replacing(path) as file:
         for image_id in track(ids, len(ids), "Exporting detections", progress):
             detections = predictions[image_id]
-            best = max(best, detections.scores.max().item())
+            best = max([best, *detections.scores.tolist()])
             rows: list[dict[str, Any]] = coco_results(image_id, detections, threshold)
             if rows:
                 file.write((separator + ",\n".join(map(json.dumps, rows))).encode())

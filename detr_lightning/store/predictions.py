@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from detr_lightning.detections import Detections, detect
+from detr_lightning.errors import SettingError
 from detr_lightning.format.schema import ModelRecord
 from detr_lightning.store.store import EmbeddingStore
 
@@ -16,14 +17,20 @@ class Predictions:
 
     Args:
         store: A folder with `pred_logits` and `pred_boxes`.
+        threshold: The lowest score that will be asked for.
 
     Raises:
-        SettingError: The folder lacks one of them.
+        SettingError: The folder lacks one of them, or keeps only queries that score more than `threshold`.
         InputError: The record of the model is damaged.
     """
 
-    def __init__(self, store: EmbeddingStore) -> None:
+    def __init__(self, store: EmbeddingStore, threshold: float = 1.0) -> None:
         store.require("pred_logits", "pred_boxes")
+        if store.min_score is not None and threshold < store.min_score:
+            raise SettingError(
+                f"threshold is {threshold}, and {store.name} keeps only queries that score {store.min_score} or more. "
+                "Give a threshold that is not lower, or extract into another folder with a lower writer.min_score."
+            )
         self.store = store
         content = store.metadata.get("model")
         model = None if content is None else ModelRecord.from_json(content)

@@ -9,15 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+import torch
 from torch import Tensor
 
 from detr_lightning.errors import InputError, SettingError, UnknownImageError, check_choice
 from detr_lightning.format.entries import ImageEntry
-from detr_lightning.format.keys import Size
+from detr_lightning.format.keys import AXES, QUERY_INDEX, SPATIAL, Size
 from detr_lightning.format.metadata import MetadataFile, read_metadata
 from detr_lightning.format.names import METADATA
 from detr_lightning.parallel import track
 from detr_lightning.store.dataset import POOLED_AXES, POOLS, EmbeddingDataset, pooled
+from detr_lightning.store.rows import Rows, read_rows
 from detr_lightning.store.tensors import FileTensors, Tensors
 
 
@@ -83,6 +85,11 @@ class EmbeddingStore:
     def categories(self) -> dict[int, str]:
         """The names of the categories by logit index, which is the COCO category id; empty if they are unknown."""
         return self.metadata_file.categories
+
+    @property
+    def min_score(self) -> float | None:
+        """The score that a query needed to be kept (`writer.min_score`), or None where all queries were kept."""
+        return self.metadata_file.min_score
 
     def __len__(self) -> int:
         return len(self.metadata_file.image_ids)
@@ -221,16 +228,53 @@ class EmbeddingStore:
         def fill(row: int, tensor: Tensor) -> None:
             tensor = pooled(tensor, key, pool)
             if tensor.shape != first.shape:
-                advice = " Pool it (pool='mean' or 'max'), or choose images of one size." if key in POOLED_AXES else ""
                 raise SettingError(
                     f"{key} of image {ids[0]} is {list(first.shape)} and of image {ids[row]} {list(tensor.shape)}: "
-                    f"different shapes cannot be stacked.{advice}"
+                    f"different shapes cannot be stacked.{_advice(key)}"
                 )
             stacked[row] = tensor
 
         for _ in track(self._tensors.each(ids, key, fill), len(ids), f"Reading {key}", progress):
             pass
         return ids, stacked
+
+    def rows(self, key: str, image_ids: Iterable[int] | None = None, progress: bool | None = None) -> Rows:
+        """Return the queries of many images one below the other, however many each image kept.
+
+        Args:
+            key: A key with an axis of queries, such as `query_embeddings`.
+            image_ids: Which images, in which order; by default all.
+            progress: Show a progress bar; by default for more than 1000 images or after two seconds.
+
+        Returns:
+            `image_ids` `[N]`, `queries` `[N]` and `values` `[N, ...]`; `decoder_output` gives `[N, L, d]`.
+
+        Raises:
+            KeyError: The store holds no such image.
+            ValueError: The files hold no such key, it has no queries, no image was chosen, or two shapes differ.
+        """
+        ids = self._chosen(key, image_ids, None)
+        counts = None if self.min_score is None else [self.entry(image_id).num_queries or 0 for image_id in ids]
+        return read_rows(self._tensors, key, ids, counts, progress)
+
+    def queries(self, image_id: SupportsIndex, count: int) -> Tensor:
+        """Return which queries an image's tensors hold, `[count]`; all, where all were kept."""
+        return torch.arange(count) if self.min_score is None else self.load(image_id, QUERY_INDEX)
+
+    def positions(self, image_id: SupportsIndex, queries: Tensor) -> Tensor:
+        """Return the places of some queries in an image's tensors.
+
+        Raises:
+            SettingError: One of them was not kept.
+        """
+        if self.min_score is None:
+            return queries
+        kept = self.load(image_id, QUERY_INDEX)
+        places = torch.searchsorted(kept, queries).clamp(max=max(len(kept) - 1, 0))
+        missing = queries if not len(kept) else queries[kept[places] != queries]
+        if len(missing):
+            raise SettingError(f"{self.name} does not keep query {int(missing[0])} of image {image_id}.")
+        return places
 
     def dataset(
         self,
@@ -294,3 +338,11 @@ class EmbeddingStore:
         if not ids:
             raise SettingError(f"No image of {self.name} was chosen. It holds {len(self)} images.")
         return ids
+
+
+def _advice(key: str) -> str:
+    ways = ["pool it (pool='mean' or 'max')"] if key in POOLED_AXES else []
+    ways += [f"read its queries one below the other (store.rows({key!r}))"] if "queries" in AXES[key] else []
+    ways += ["choose images of one size"] if key in SPATIAL else []
+    text = ", or ".join(ways)
+    return f" {text[0].upper()}{text[1:]}." if text else ""

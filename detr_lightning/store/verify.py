@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Group
-from rich.filesize import decimal
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
+from detr_lightning.detections import SCORINGS, probabilities
 from detr_lightning.errors import InputError
 from detr_lightning.format.archive import read_directory
 from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.files import checksum_of, is_plain, same_bytes
-from detr_lightning.format.keys import DTYPES, EXTRACT_TYPES, KEYS, SPATIAL, ModelShape, dtype_of, shape_of
+from detr_lightning.format.keys import AXES, DTYPES, EXTRACT_TYPES, QUERY_INDEX, ModelShape, dtype_of, shape_of
 from detr_lightning.format.metadata import MetadataFile
 from detr_lightning.format.names import METADATA, STATE, TEMPORARY, file_name, image_id_of
 from detr_lightning.parallel import in_threads
@@ -74,64 +72,26 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def summary(folder: str | os.PathLike[str]) -> Group:
-    """Return what a folder holds, to be printed by rich: its images, its keys with shapes and bytes, how it was made.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or its extraction has not finished.
-        ValueError: The folder's metadata.json is not one of this program's.
-    """
-    store = EmbeddingStore(folder)
-    metadata = store.metadata_file
-    entries = list(map(store.entry, store))
-    failed = metadata.failed()
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    try:
-        settings = metadata.settings
-        model = f"{settings.model.weights}  (sha256 {settings.model.sha256[:8]})"
-        stored = f"{settings.dtype}, computed in {settings.precision}"
-    except InputError as error:
-        model = stored = f"unknown ({error})"
-    for name, value in {
-        "folder": store.folder,
-        "images": len(store),
-        "failed": len(failed),
-        "extract type": metadata.extract_type,
-        "model": model,
-        "stored as": stored,
-        "on disk": decimal(sum(entry.bytes or 0 for entry in entries)),
-        **{f"failed {entry.image_id}": f"{entry.file_name}: {entry.reason}" for entry in failed[:5]},
-    }.items():
-        facts.add_row(escape(name), escape(str(value)))
-
-    keys = Table("key", "shape", "dtype", "all images")
-    keys.columns[3].justify = "right"
-    if entries:
-        places = [entry.features.places if entry.features else 1 for entry in entries]
-        for key, tensor in store[entries[0].image_id].items():
-            spatial = key in SPATIAL
-            varies = spatial and len({entry.features for entry in entries}) > 1
-            share = sum(places) / places[0] if spatial else len(entries)
-            shape = f"{list(tensor.shape)}{', varies' if varies else ''}"
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            keys.add_row(key, escape(shape), dtype, decimal(int(tensor.nbytes * share)))
-    return Group(facts, keys)
-
-
 @dataclass(frozen=True)
 class _Expected:
     """The properties of the files that the metadata knows; None where it is incomplete."""
 
     shape: ModelShape | None = None
     dtype: str | None = None
+    min_score: float | None = None
+    scoring: str = "softmax"
+
+    @property
+    def num_queries(self) -> int:
+        return sys.maxsize if self.shape is None else self.shape.num_queries
 
     @classmethod
     def of(cls, metadata: MetadataFile) -> _Expected:
         try:
             settings = metadata.settings
-            return cls(settings.model.shape, settings.dtype if settings.dtype in DTYPES else None)
+            scoring = settings.model.scoring if settings.model.scoring in SCORINGS else "softmax"
+            dtype = settings.dtype if settings.dtype in DTYPES else None
+            return cls(settings.model.shape, dtype, settings.min_score, scoring)
         except InputError:
             return cls()
 
@@ -146,7 +106,7 @@ def _metadata_problems(metadata: MetadataFile) -> Iterator[str]:
         yield f"{METADATA}: image_ids are not ascending, or one is there twice."
     if metadata.extract_type not in list(EXTRACT_TYPES):
         yield f"{METADATA}: extract_type is {metadata.extract_type!r}, none of {', '.join(EXTRACT_TYPES)}."
-    if unknown := [key for key in keys if key not in KEYS]:
+    if unknown := [key for key in keys if key not in AXES]:
         yield f"{METADATA}: embedding_keys names {', '.join(unknown)}, which this version does not know."
     try:
         _ = metadata.run.settings.model.shape
@@ -198,7 +158,7 @@ def _file_problems(store: EmbeddingStore, expected: _Expected, image_id: int) ->
         for problem in _tensor_problems(expected, entry, key, tensor):
             yield f"{name}: {key} {problem}."
     if all(map(is_plain, tensors.values())):
-        for problem in _problems_together(store, image_id, tensors):
+        for problem in _problems_together(store, expected, image_id, tensors):
             yield f"{name}: {problem}."
 
 
@@ -243,25 +203,46 @@ def _load(data: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def _problems_together(store: EmbeddingStore, image_id: int, tensors: dict[str, Tensor]) -> Iterator[str]:
+def _problems_together(
+    store: EmbeddingStore, expected: _Expected, image_id: int, tensors: dict[str, Tensor]
+) -> Iterator[str]:
     addresses = [tensor.data_ptr() for tensor in tensors.values() if tensor.numel()]
     if len(set(addresses)) < len(addresses):
         yield "two tensors share one storage"
     for key in store.embedding_keys:
         if key in tensors and not same_bytes(store.load(image_id, key), tensors[key]):
             yield f"{key} is not where the file's own directory has it"
+    if QUERY_INDEX in tensors:
+        yield from _index_problems(store, expected, image_id, tensors)
     if "decoder_output" in tensors and "query_embeddings" in tensors:
         decoder, queries = tensors["decoder_output"], tensors["query_embeddings"]
         if not (decoder.ndim and len(decoder) and torch.equal(decoder[-1], queries)):
             yield "query_embeddings are not the last layer of decoder_output"
 
 
+def _index_problems(
+    store: EmbeddingStore, expected: _Expected, image_id: int, tensors: dict[str, Tensor]
+) -> Iterator[str]:
+    queries, recorded = tensors[QUERY_INDEX].flatten().tolist(), store.entry(image_id).num_queries
+    if recorded != len(queries):
+        yield f"{QUERY_INDEX} has {len(queries)} queries, {METADATA} has {recorded}"
+    if queries != sorted(set(queries)) or (queries and not 0 <= queries[0] <= queries[-1] < expected.num_queries):
+        yield f"{QUERY_INDEX} does not list queries of the model in their order"
+    if expected.min_score is not None and "pred_logits" in tensors and queries:
+        lowest = probabilities(tensors["pred_logits"], expected.scoring).amax(-1).min().item()
+        if lowest < expected.min_score:
+            yield f"pred_logits keeps a query that scores {lowest:.4f}, less than {expected.min_score}"
+
+
 def _tensor_problems(expected: _Expected, entry: ImageEntry, key: str, tensor: Tensor) -> Iterator[str]:
-    if key not in KEYS:
+    if key not in AXES:
         return
+    shape = None
     if entry.features is None:
         yield f"has no feature_size in {METADATA}, so its shape cannot be checked"
-    elif expected.shape is not None and tuple(tensor.shape) != (shape := shape_of(key, expected.shape, entry.features)):
+    elif expected.shape is not None:
+        shape = shape_of(key, expected.shape, entry.features, entry.num_queries)
+    if shape is not None and tuple(tensor.shape) != shape:
         yield f"has the shape {list(tensor.shape)}, expected {list(shape)}"
     if expected.dtype is not None and tensor.dtype != (dtype := dtype_of(key, expected.dtype)):
         yield f"is {tensor.dtype}, expected {dtype}"

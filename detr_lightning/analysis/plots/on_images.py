@@ -95,19 +95,21 @@ def attention(
         table = table.sort_values("score", ascending=False).head(4)
     else:
         queries = [query] if isinstance(query, int) else list(query)
-        table = _objects(store, image_id, 0.0).set_index("query", drop=False)
+        table = _objects(store, image_id, store.min_score or 0.0).set_index("query", drop=False)
         if unknown := [number for number in queries if number not in table.index]:
-            raise SettingError(f"there is no query {unknown[0]}; image {image_id} has 0 to {len(table) - 1}.")
+            there = f"0 to {len(table) - 1}" if store.min_score is None else ", ".join(map(str, table.index))
+            raise SettingError(f"there is no query {unknown[0]}; image {image_id} has {there}.")
         table = table.loc[queries]
-    maps = store.feature_map(image_id, "cross_attention")[layer].float()  # [Q, H, W]
+    positions = store.positions(image_id, torch.tensor(table["query"].to_numpy()))
+    maps = store.feature_map(image_id, "cross_attention")[layer][positions].float()  # [len(table), H, W]
     height, width = picture.shape[:2]
     columns = min(len(table), 2 if len(table) in (2, 4) else 3)
     rows = -(-len(table) // columns)
     figure = Figure(figsize=(4.6 * columns, (4.6 * height / width + 0.35) * rows), layout="constrained")
     gray = picture.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, row in zip(panels, table.itertuples(), strict=False):
-        weights = torch.nn.functional.interpolate(maps[None, None, row.query], (height, width), mode="bilinear")[0, 0]
+    for axes, row, grid in zip(panels, table.itertuples(), maps, strict=False):
+        weights = torch.nn.functional.interpolate(grid[None, None], (height, width), mode="bilinear")[0, 0]
         heat = (weights / weights.max().clamp(min=1e-12)).sqrt().numpy()  # The root shows weak attention too.
         _show(axes, gray)
         axes.imshow(heat, cmap="inferno", alpha=0.15 + 0.7 * heat, vmin=0, vmax=1)
