@@ -79,6 +79,11 @@ def test_runs_on_the_demo(kernel: KernelManager, path: Path, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
+def test_survives_finding_nothing(kernel: KernelManager, path: Path, tmp_path: Path) -> None:
+    execute(kernel, path, tmp_path, THRESHOLD=1.0)
+
+
 @pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="../shared, with a sample of COCO, is not there")
 def test_runs_on_coco(kernel: KernelManager, tmp_path: Path) -> None:
     data = {
