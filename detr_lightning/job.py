@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -18,6 +18,9 @@ from detr_lightning.format.schema import Metadata
 from detr_lightning.launch import InterruptibleWait, launched_by_rank_0, launched_ranks
 from detr_lightning.ranks import from_rank_0, waits_for_launch
 from detr_lightning.system import available_cores, restore_settings
+
+if TYPE_CHECKING:
+    from detr_lightning.extraction.table_run import TableRun
 
 
 class Job:
@@ -53,7 +56,7 @@ class Job:
         if self.trainer.local_rank == 0:
             self.data.prepare_data()
 
-    def plan(self) -> ExtractionRun | None:
+    def plan(self) -> ExtractionRun | TableRun | None:
         """Find the images and compare them with the output folder, on rank 0 alone; change nothing.
 
         Returns:

@@ -158,7 +158,7 @@ class DETRCLI(LightningCLI):
         needed, free = self.writer.bytes_needed(self.model), free_bytes(self.writer.output_dir)
         self._say(*reports.announcement(self.writer, self.model, self.datamodule, free))
         self._say(*reports.cautions(self.trainer))
-        if needed > free:
+        if free is not None and needed > free:
             raise CommandError(
                 f"output_dir {self.writer.output_dir} needs {decimal(needed)}, but its disk has {decimal(free)} free. "
                 "Free some space, choose another output_dir, fewer keys (model.keys) or writer.dtype=float16."

@@ -20,7 +20,7 @@ from detr_lightning.system import available_cores
 
 
 def announcement(
-    writer: EmbeddingWriter, model: DETRExtractor, data: COCODataModule, free: int
+    writer: EmbeddingWriter, model: DETRExtractor, data: COCODataModule, free: int | None
 ) -> list[RenderableType]:
     """Return what a planned run will do, and what each of its files will hold.
 
@@ -28,7 +28,7 @@ def announcement(
         writer: After `plan`.
         model: The model.
         data: The images.
-        free: The bytes that the disk has free.
+        free: The bytes that the disk has free; None where nobody knows.
     """
     run = writer.extraction
     assert run is not None, "plan comes first"
@@ -39,8 +39,8 @@ def announcement(
     there = f", {finished} more are there already" if finished else ""
     lines.append(
         f"{count(len(run.pending), 'image')} to {writer.output_dir} ({model.hparams['extract_type']}){there}: "
-        f"{'about' if writer.min_score is None else 'at most'} {decimal(writer.bytes_needed(model))}, "
-        f"{decimal(free)} free"
+        f"{'about' if writer.min_score is None else 'at most'} {decimal(writer.bytes_needed(model))}"
+        + ("" if free is None else f", {decimal(free)} free")
     )
     if writer.min_score is not None:
         lines.append(f"Only queries that score {writer.min_score} or more are kept: the sizes are upper bounds.")

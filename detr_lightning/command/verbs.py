@@ -45,6 +45,7 @@ VERBS = {
     "export": Verb(
         "write embeddings or detections as npy, parquet, safetensors, coco", "out --pool mean --output vectors.npy"
     ),
+    "convert": Verb("turn a folder of files into one Lance table, or a table into files", "out out_table"),
     "objects": Verb("write a table with one row per detected object", "out --output objects.parquet"),
     "evaluate": Verb("compute COCO's AP from a folder of embeddings", "out --annotations FILE.json"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -300,6 +301,7 @@ class COCODataModule(LightningDataModule):
         # Without a batch Lightning would skip the hooks in which ranks meet: an empty one keeps them.
         padded = self.hparams["batching"] == "padded"
         dataset = ImageBatches(batches or [[]], self.reader(), self.resize, padded)
+        workers = self.workers(trainer)
         return DataLoader(
             dataset,
             # The batches are this rank's already. Lightning leaves a DistributedSampler alone, and would replace any
@@ -307,7 +309,9 @@ class COCODataModule(LightningDataModule):
             sampler=DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=False),
             batch_size=1,
             collate_fn=unwrap,
-            num_workers=self.workers(trainer),
+            num_workers=workers,
+            # Lance cannot be forked.
+            multiprocessing_context="spawn" if workers and "lance" in sys.modules else None,
             worker_init_fn=leave_signals_to_parent,
             pin_memory=device == "cuda",
         )

@@ -233,6 +233,16 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def why_unseen(journal: Path) -> str | None:
+    """Return None where this process sees that the rank of a journal is alive, else why it does not."""
+    try:
+        if is_locked(journal):
+            return None
+    except OSError as error:
+        return str(error)
+    return f"its lock on {journal} does not reach rank 0. Choose a file system with locks (flock) for all nodes."
+
+
 def await_done(journals: list[Path]) -> None:
     """Wait until each rank went through all its images. It may take hours, so nothing here times out.
 

@@ -10,7 +10,7 @@ from typing import Any
 from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.metadata import MetadataFile, read_metadata
-from detr_lightning.format.names import METADATA
+from detr_lightning.format.names import METADATA, TABLE
 from detr_lightning.format.schema import RunSettings
 from detr_lightning.format.state import RunState, read_entries, read_run, token_of
 
@@ -58,6 +58,11 @@ def read_previous(folder: Path) -> PreviousRun:
     Raises:
         InputError: The metadata is another program's, or the state of an unfinished run is damaged.
     """
+    if (folder / TABLE).exists():
+        raise InputError(
+            f"output_dir {folder} holds one table, not a file per image. Choose another output_dir, or "
+            "writer.layout=lance to go on with the table."
+        )
     previous = PreviousRun(stamp=stamp(folder))
     run = read_run(folder)
     previous.void = run is not None and run.void

@@ -13,22 +13,22 @@ from pathlib import Path
 
 from torch import Tensor
 
-from detr_lightning.errors import IncompleteError, InputError
+from detr_lightning.extraction.checks import refuse_missing, refuse_other_images, refuse_other_settings
 from detr_lightning.extraction.journal import (
     Journal,
     LockedFile,
     await_done,
-    is_locked,
     lock_folder,
     remove_state,
     sweep,
+    why_unseen,
 )
 from detr_lightning.extraction.previous import PreviousRun, read_previous, stamp
 from detr_lightning.format.archive import WholeFiles
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.files import fsync_folder, replacing, save_tensors, write_json
 from detr_lightning.format.keys import QUERY_INDEX, FeatureSizes
-from detr_lightning.format.names import METADATA, RUN, STATE, TEMPORARY, file_name
+from detr_lightning.format.names import METADATA, RUN, STATE, TEMPORARY, file_name, is_url
 from detr_lightning.format.schema import Metadata, RunRecord
 from detr_lightning.format.state import read_entries, run_to_json, token_of
 
@@ -106,8 +106,8 @@ class ExtractionRun:
             if whole.is_whole(folder / file_name(image_id), entry.bytes)
         }
         if self.finished:
-            self._refuse_other_settings()
-            self._refuse_other_images()
+            refuse_other_settings(folder, self.finished, lambda: previous.settings, self.record.settings)
+            refuse_other_images(folder, self.finished, self.images)
         self.complete = (
             (folder / METADATA).exists()
             and not (folder / STATE / RUN).exists()
@@ -166,7 +166,7 @@ class ExtractionRun:
     def unseen(self, world_size: int) -> list[str | None]:
         """Return for each rank, all having joined, None or why this process would not see that it is alive."""
         journals = [self.folder / STATE / f"rank-{rank}.jsonl" for rank in range(world_size)]
-        return [_unseen(journal) for journal in journals]
+        return [why_unseen(journal) for journal in journals]
 
     def save(self, image_id: int, tensors: Mapping[str, Tensor], features: FeatureSizes) -> int:
         """Write an image's file and then its entry; return the file's bytes. Any thread may call it."""
@@ -220,12 +220,7 @@ class ExtractionRun:
             if image_id in self.finished or files.is_whole(self.folder / file_name(image_id), entry.bytes)
         }
         missing = sorted(self.images.keys() - whole.keys() - failed.keys())
-        if missing:
-            some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-            raise IncompleteError(
-                f"{len(missing)} of {len(self.images)} images have no whole file in {self.folder}: {some}. "
-                "What is finished is kept: run the same command again to go on."
-            )
+        refuse_missing(self.folder, missing, len(self.images))
         for image_id in self._previous.recorded - whole.keys():  # Files that a killed process wrote but did not record.
             (self.folder / file_name(image_id)).unlink(missing_ok=True)
         metadata = Metadata(
@@ -244,30 +239,6 @@ class ExtractionRun:
         assert self._journal is not None, "join comes first"
         self._journal.add(entry.to_json())
 
-    def _refuse_other_settings(self) -> None:
-        try:
-            differences = self.record.settings.differences(self._previous.settings)
-        except InputError as error:
-            raise InputError(
-                f"output_dir {self.folder} does not record with which settings its images were extracted ({error}). "
-                "Choose another output_dir, or writer.if_exists=overwrite."
-            ) from error
-        if differences:
-            raise InputError(
-                f"output_dir {self.folder} holds {len(self.finished)} images extracted with other settings: "
-                f"{'; '.join(differences)}. Use the same settings, another output_dir, or writer.if_exists=overwrite."
-            )
-
-    def _refuse_other_images(self) -> None:
-        for image_id, entry in self.images.items():
-            before = self.finished.get(image_id)
-            for name in ("file_name", "width", "height"):
-                if before is not None and getattr(before, name) != getattr(entry, name):
-                    raise InputError(
-                        f"output_dir {self.folder} has image {image_id} with {name} {getattr(before, name)}, now "
-                        f"it is {getattr(entry, name)}. Choose another output_dir, or writer.if_exists=overwrite."
-                    )
-
     def _forget(self) -> None:
         """Remove what earlier runs wrote, and nothing else. If this is cut short, the next run goes on with it."""
         self._previous.failed = {}
@@ -279,18 +250,11 @@ class ExtractionRun:
             (self.folder / file_name(image_id)).unlink(missing_ok=True)
 
 
-def _unseen(journal: Path) -> str | None:
-    try:
-        if is_locked(journal):
-            return None
-    except OSError as error:
-        return str(error)
-    return f"its lock on {journal} does not reach rank 0. Choose a file system with locks (flock) for all nodes."
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the bytes that the file system of a folder, which need not exist yet, has free."""
-    folder = Path(folder).absolute()
+def free_bytes(output_dir: Path | str) -> int | None:
+    """Return the bytes that the file system of a folder, which need not exist yet, has free; None for a URL."""
+    if is_url(output_dir):
+        return None
+    folder = Path(output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -22,25 +22,31 @@ from detr_lightning.extraction.run import IF_EXISTS, ExtractionRun
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.keys import DTYPES, QUERY_INDEX, FeatureSizes, dtype_of, nbytes
-from detr_lightning.format.schema import Metadata
+from detr_lightning.format.names import is_url
+from detr_lightning.format.schema import FILES, LANCE, LAYOUTS, Metadata
 from detr_lightning.ranks import from_rank_0, gather
 from detr_lightning.system import SideThreads
+
+if TYPE_CHECKING:
+    from detr_lightning.extraction.table_run import TableRun
 
 QUEUED_IMAGES = 64
 """Images that may wait to be written. Then the model waits for the disk, and memory stays as it is."""
 
 
 class EmbeddingWriter(BasePredictionWriter):
-    """Writes one `embedding_{image_id:012d}.pt` for each image, and `metadata.json` when all are there.
+    """Writes one `embedding_{image_id:012d}.pt` per image, or one table, and `metadata.json` when all images are there.
 
     Args:
-        output_dir: The folder; it is created if missing.
+        output_dir: The folder; it is created if missing. For a table also a URL, such as `s3://bucket/embeddings`.
         dtype: How embeddings are stored, `float32` or `float16`. Logits and boxes stay float32.
         if_exists: What to do about a folder that is in use: `resume` what is missing, `overwrite` what an earlier run
             wrote, or stop with an `error` unless it is empty.
         threads: Threads that write files.
         min_score: Keep only queries whose best category scores at least this, from 0 to 1, and `query_index`, which
             tells which they are. By default all queries are kept.
+        layout: `files`, one per image, or `lance`: one table of all images, on a disk or an object store.
+        commit_seconds: With `lance`, how long ago a process's last commit may be: a kill loses no older work.
 
     Raises:
         ValueError: A setting that is not allowed; the message says what is.
@@ -53,11 +59,22 @@ class EmbeddingWriter(BasePredictionWriter):
         if_exists: str = "resume",
         threads: int = 2,
         min_score: float | None = None,
+        layout: str = FILES,
+        commit_seconds: float = 30.0,
     ) -> None:
         super().__init__("batch")
         if not output_dir:
             raise SettingError("output_dir is empty. Name a folder; '.' is the one you are in.")
-        self.output_dir = Path(output_dir).expanduser().absolute()  # A later chdir changes nothing.
+        self.layout = check_choice("writer.layout", layout, LAYOUTS)
+        if is_url(output_dir) and layout == FILES:
+            raise SettingError(
+                f"output_dir {output_dir} is a URL, and writer.layout files needs a folder. Use writer.layout=lance."
+            )
+        if commit_seconds <= 0:
+            raise SettingError(f"writer.commit_seconds is {commit_seconds}, but must be more than 0.")
+        self.commit_seconds = commit_seconds
+        # Absolute, so that a later chdir changes nothing.
+        self.output_dir = output_dir if is_url(output_dir) else Path(output_dir).expanduser().absolute()
         self.dtype = check_choice("writer.dtype", dtype, DTYPES)
         self.if_exists = check_choice("writer.if_exists", if_exists, IF_EXISTS)
         if threads < 1:
@@ -66,7 +83,7 @@ class EmbeddingWriter(BasePredictionWriter):
         if min_score is not None and not 0 <= min_score <= 1:
             raise SettingError(f"writer.min_score is {min_score}; a score is a probability, from 0 to 1.")
         self.min_score = min_score
-        self.extraction: ExtractionRun | None = None
+        self.extraction: ExtractionRun | TableRun | None = None
         self.finished: frozenset[int] = frozenset()
         self.metadata: Metadata | None = None
         self.images_written = 0
@@ -77,7 +94,7 @@ class EmbeddingWriter(BasePredictionWriter):
         self._keys: tuple[str, ...] = ()
         self._scoring = "softmax"
 
-    def plan(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun:
+    def plan(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun | TableRun:
         """Compare what is asked for with what the folder holds, and change nothing.
 
         Raises:
@@ -86,13 +103,20 @@ class EmbeddingWriter(BasePredictionWriter):
         """
         require_all_batches(trainer, "predict")
         if self.if_exists == "resume" and data.annotation_file is None:
-            data.keep_ids(read_previous(self.output_dir).file_ids)
+            data.keep_ids(self._file_ids())
         data.find_images()
         self.extraction = self._run(trainer, model, data)
         self.extraction.inspect()
         return self.extraction
 
-    def _run(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun:
+    def _file_ids(self) -> dict[str, int]:
+        if self.layout == LANCE:
+            from detr_lightning.extraction.table_run import file_ids
+
+            return file_ids(str(self.output_dir))
+        return read_previous(Path(self.output_dir)).file_ids
+
+    def _run(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun | TableRun:
         images = [
             ImageEntry(
                 record.image_id, record.file_name, record.width, record.height, input_size=data.resize(record.size)
@@ -105,9 +129,23 @@ class EmbeddingWriter(BasePredictionWriter):
             "dtype": self.dtype,
             "if_exists": self.if_exists,
             "min_score": self.min_score,
+            "layout": self.layout,
         }
         record = provenance(trainer, model, data, settings)
-        return ExtractionRun(self.output_dir, record, images, failures, self.if_exists)
+        if self.layout == FILES:
+            return ExtractionRun(Path(self.output_dir), record, images, failures, self.if_exists)
+        from detr_lightning.extraction.table_run import TableRun  # which needs Lance
+
+        size = images[0].input_size if images else (32, 32)
+        return TableRun(
+            str(self.output_dir),
+            record,
+            images,
+            failures,
+            self.if_exists,
+            features=model.detr.architecture.feature_sizes(size),
+            commit_seconds=self.commit_seconds,
+        )
 
     def keys(self, model: DETRExtractor) -> tuple[str, ...]:
         """Return the keys of each file."""

@@ -61,24 +61,32 @@ def checksum_of(data: bytes | memoryview) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, checksum: bool = False) -> None:
-    """Write a JSON object as `save_tensors` writes tensors: a line for each key, and for each object of a list.
+    """Write `to_json_bytes` as `save_tensors` writes tensors. The file is replaced if it is there.
+
+    Raises:
+        OSError: As for `save_tensors`.
+        ValueError: A number that JSON does not know (NaN, infinity).
+    """
+    data = to_json_bytes(content, checksum=checksum)
+    with replacing(path, len(data)) as file:
+        file.write(data)
+
+
+def to_json_bytes(content: Mapping[str, Any], *, checksum: bool = False) -> bytes:
+    """Return a JSON object that people can read: a line for each key, and for each object of a list.
 
     Args:
-        path: The file; it is replaced if it is there.
         content: The object.
         checksum: End it with a `checksum` of all before, which `json_is_unchanged` checks.
 
     Raises:
-        OSError: As for `save_tensors`.
         ValueError: A number that JSON does not know (NaN, infinity).
     """
     text = ",\n".join(f"  {json.dumps(key)}: {_json_value(value)}" for key, value in content.items())
     data = f"{{\n{text}".encode()
     if checksum:
         data += _JSON_CHECKSUM + f'"{checksum_of(data)}"'.encode()
-    data += b"\n}\n"
-    with replacing(path, len(data)) as file:
-        file.write(data)
+    return data + b"\n}\n"
 
 
 def json_is_unchanged(data: bytes) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 from typing import SupportsIndex
 
@@ -15,6 +16,9 @@ STATE = ".extraction"
 RUN = "run.json"
 """The file in it that a run writes when it begins: a folder is unfinished while it is there."""
 
+TABLE = "embeddings.lance"
+"""The Lance dataset in the output folder, where `writer.layout` is `lance`."""
+
 TEMPORARY = ".embedding_*.tmp"
 """Matches every temporary file of this format; what a dead run leaves of them is never read."""
 
@@ -23,6 +27,11 @@ MAX_ID = 10**ID_DIGITS - 1
 """Image ids are integers from 0 to this, so that they fit into a file's name."""
 
 _NAME = re.compile(rf"embedding_([0-9]{{{ID_DIGITS}}})\.pt")
+
+
+def is_url(output_dir: str | os.PathLike[str]) -> bool:
+    """Return whether an output folder is on an object store, such as `s3://bucket/embeddings`."""
+    return "://" in os.fspath(output_dir)
 
 
 def is_image_id(value: object) -> bool:

@@ -15,6 +15,9 @@ from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage, get_field
 from detr_lightning.format.keys import ModelShape
 
+FILES, LANCE = LAYOUTS = ("files", "lance")
+"""The values of `writer.layout`."""
+
 PREPROCESSING_BEFORE = {"exif": "ignore"}
 """Settings of the preprocessing that older metadata lacks, with the values that were then in force."""
 
@@ -206,14 +209,19 @@ class Metadata:
         run: All but the images.
         images: The finished images, ascending by id.
         failed: The images that were skipped.
+        layout: `files`, or `lance`, where the images are in the table instead.
     """
 
     run: RunRecord
     images: Sequence[ImageEntry]
     failed: Sequence[SkippedImage] = ()
+    layout: str = FILES
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object, those fields first that readers look for first."""
+        if self.layout == LANCE:
+            failed = [entry.to_json() for entry in self.failed]
+            return {"num_images": len(self.images), **self.run.to_json(), "failed": failed, "layout": LANCE}
         images = [entry.to_json() for entry in self.images]
         content = self.run.to_json({"images": images})
         ids = [entry.image_id for entry in self.images]

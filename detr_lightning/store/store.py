@@ -16,7 +16,8 @@ from detr_lightning.errors import InputError, SettingError, UnknownImageError, c
 from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.keys import AXES, QUERY_INDEX, SPATIAL, Size
 from detr_lightning.format.metadata import MetadataFile, read_metadata
-from detr_lightning.format.names import METADATA
+from detr_lightning.format.names import METADATA, TABLE, is_url
+from detr_lightning.format.schema import LANCE
 from detr_lightning.parallel import track
 from detr_lightning.store.dataset import POOLED_AXES, POOLS, EmbeddingDataset, pooled
 from detr_lightning.store.rows import Rows, read_rows
@@ -29,7 +30,7 @@ class EmbeddingStore:
     Iterating gives the image ids in ascending order; `store[139]` gives an image's tensors by key.
 
     Args:
-        folder: The folder that was `output_dir` of the extraction.
+        folder: The `output_dir` of the extraction: a folder, or the URL of a table such as `s3://bucket/embeddings`.
 
     Raises:
         FileNotFoundError: There is no such folder, or its extraction has not finished.
@@ -43,10 +44,16 @@ class EmbeddingStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder: Path | None = Path(folder).expanduser().absolute()
-        self.name = str(self.folder)
-        self.metadata_file = read_metadata(self.folder)
-        self._tensors: Tensors = FileTensors(self.folder)
+        self.folder: Path | None = None if is_url(folder) else Path(folder).expanduser().absolute()
+        self.name = os.fspath(folder) if self.folder is None else str(self.folder)
+        self.metadata_file: MetadataFile
+        self._tensors: Tensors
+        if self.folder is not None and not (self.folder / TABLE).is_dir():
+            self.metadata_file, self._tensors = read_metadata(self.folder), FileTensors(self.folder)
+        else:
+            from detr_lightning.store.table import open_table  # which needs Lance
+
+            self.metadata_file, self._tensors = open_table(self.name)
 
     @classmethod
     def of(cls, name: str, metadata: MetadataFile, tensors: Tensors) -> EmbeddingStore:
@@ -60,6 +67,16 @@ class EmbeddingStore:
         store = cls.__new__(cls)
         store.folder, store.name, store.metadata_file, store._tensors = None, name, metadata, tensors
         return store
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the store is a Lance table, rather than one file per image or memory."""
+        return self.metadata.get("layout") == LANCE
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """The bytes of all tensors as stored, with what surrounds them."""
+        return self._tensors.bytes_on_disk
 
     @property
     def location(self) -> str:

@@ -35,13 +35,13 @@ def summary(folder: str | os.PathLike[str]) -> Group:
     except InputError as error:
         model = stored = f"unknown ({error})"
     for name, value in {
-        "folder": store.folder,
+        "folder": store.name,
         "images": len(store),
         "failed": len(failed),
         "extract type": metadata.extract_type,
         "model": model,
         "stored as": stored,
-        "on disk": decimal(sum(entry.bytes or 0 for entry in entries)),
+        "on disk": decimal(store.bytes_on_disk),
         **{f"failed {entry.image_id}": f"{entry.file_name}: {entry.reason}" for entry in failed[:5]},
     }.items():
         facts.add_row(escape(name), escape(str(value)))

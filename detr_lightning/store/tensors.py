@@ -17,6 +17,10 @@ _THREADS = 4
 class Tensors(Protocol):
     """Reads an extraction's tensors. It pickles, and costs data workers little: it holds no metadata."""
 
+    @property
+    def bytes_on_disk(self) -> int:
+        """The bytes of all tensors as stored."""
+
     def load(self, image_id: int) -> dict[str, Tensor]:
         """Return all tensors of an image."""
 
@@ -37,6 +41,11 @@ class FileTensors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._reader = reader.TensorReader()
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """The bytes of all tensors as stored, by the files' sizes."""
+        return sum(path.stat().st_size for path in self.folder.glob("embedding_*.pt"))
 
     def path(self, image_id: int) -> Path:
         """Return the path of an image's file."""

@@ -20,7 +20,7 @@ from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.files import checksum_of, is_plain, same_bytes
 from detr_lightning.format.keys import AXES, DTYPES, EXTRACT_TYPES, QUERY_INDEX, ModelShape, dtype_of, shape_of
 from detr_lightning.format.metadata import MetadataFile
-from detr_lightning.format.names import METADATA, STATE, TEMPORARY, file_name, image_id_of
+from detr_lightning.format.names import METADATA, STATE, TABLE, TEMPORARY, file_name, image_id_of
 from detr_lightning.parallel import in_threads
 from detr_lightning.store.store import EmbeddingStore
 
@@ -52,6 +52,8 @@ def verify(folder: str | os.PathLike[str], workers: int | None = None, progress:
     expected = _Expected.of(metadata)
 
     def check(image_id: int) -> list[str]:
+        if store.is_table:
+            return list(_guarded(f"image {image_id}", _row_problems(store, expected, image_id)))
         return list(_guarded(file_name(image_id), _file_problems(store, expected, image_id)))
 
     for found in in_threads(check, metadata.image_ids, workers or os.cpu_count() or 1, "Verifying", progress):
@@ -122,6 +124,9 @@ def _metadata_problems(metadata: MetadataFile) -> Iterator[str]:
 
 
 def _folder_problems(store: EmbeddingStore) -> Iterator[str]:
+    if store.folder is None:
+        return
+    expected = (METADATA, TABLE) if store.is_table else (METADATA,)
     for name in sorted(entry.name for entry in os.scandir(store.folder)):
         image_id = image_id_of(name)
         if name.startswith(f"{STATE}.") or name == STATE:
@@ -130,7 +135,7 @@ def _folder_problems(store: EmbeddingStore) -> Iterator[str]:
             yield f"{name}: a temporary file that a killed run left. It can be deleted."
         elif image_id is not None and image_id not in store:
             yield f"{name}: its image is not in {METADATA}."
-        elif image_id is None and name != METADATA:
+        elif name not in expected and (image_id is None or store.is_table):
             yield f"{name}: not a file of this extraction."
 
 
@@ -158,8 +163,16 @@ def _file_problems(store: EmbeddingStore, expected: _Expected, image_id: int) ->
         for problem in _tensor_problems(expected, entry, key, tensor):
             yield f"{name}: {key} {problem}."
     if all(map(is_plain, tensors.values())):
-        for problem in _problems_together(store, expected, image_id, tensors):
+        storage = _storage_problems(store, image_id, tensors)
+        for problem in (*storage, *_problems_together(store, expected, image_id, tensors)):
             yield f"{name}: {problem}."
+
+
+def _row_problems(store: EmbeddingStore, expected: _Expected, image_id: int) -> Iterator[str]:
+    entry, tensors = store.entry(image_id), store[image_id]
+    single = (f"{key} {text}" for key in tensors for text in _tensor_problems(expected, entry, key, tensors[key]))
+    for problem in (*single, *_problems_together(store, expected, image_id, tensors)):
+        yield f"image {image_id}: {problem}."
 
 
 def _read(path: Path, entry: ImageEntry) -> bytes:
@@ -203,15 +216,18 @@ def _load(data: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def _problems_together(
-    store: EmbeddingStore, expected: _Expected, image_id: int, tensors: dict[str, Tensor]
-) -> Iterator[str]:
+def _storage_problems(store: EmbeddingStore, image_id: int, tensors: dict[str, Tensor]) -> Iterator[str]:
     addresses = [tensor.data_ptr() for tensor in tensors.values() if tensor.numel()]
     if len(set(addresses)) < len(addresses):
         yield "two tensors share one storage"
     for key in store.embedding_keys:
         if key in tensors and not same_bytes(store.load(image_id, key), tensors[key]):
             yield f"{key} is not where the file's own directory has it"
+
+
+def _problems_together(
+    store: EmbeddingStore, expected: _Expected, image_id: int, tensors: dict[str, Tensor]
+) -> Iterator[str]:
     if QUERY_INDEX in tensors:
         yield from _index_problems(store, expected, image_id, tensors)
     if "decoder_output" in tensors and "query_embeddings" in tensors:

@@ -1,0 +1,72 @@
+"""Refusals that all layouts share: an output folder with other settings or images, a run with images missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+from detr_lightning.errors import IncompleteError, InputError
+from detr_lightning.format.entries import ImageEntry
+from detr_lightning.format.schema import RunSettings
+
+Place = Path | str
+
+
+def refuse_other_settings(
+    output_dir: Place, finished: Collection[int], earlier: Callable[[], RunSettings], settings: RunSettings
+) -> None:
+    """Check that the finished images were extracted with the settings of this run.
+
+    Args:
+        output_dir: The output folder or URL.
+        finished: The ids of the finished images.
+        earlier: Returns the settings that they were extracted with.
+        settings: Those of this run.
+
+    Raises:
+        InputError: They differ, or are not recorded; the message names each setting with both values.
+    """
+    try:
+        differences = settings.differences(earlier())
+    except InputError as error:
+        raise InputError(
+            f"output_dir {output_dir} does not record with which settings its images were extracted ({error}). "
+            "Choose another output_dir, or writer.if_exists=overwrite."
+        ) from error
+    if differences:
+        raise InputError(
+            f"output_dir {output_dir} holds {len(finished)} images extracted with other settings: "
+            f"{'; '.join(differences)}. Use the same settings, another output_dir, or writer.if_exists=overwrite."
+        )
+
+
+def refuse_other_images(
+    output_dir: Place, finished: Mapping[int, ImageEntry], planned: Mapping[int, ImageEntry]
+) -> None:
+    """Check that no finished image has the id of another planned one.
+
+    Raises:
+        InputError: One has; the message names what differs.
+    """
+    for image_id, entry in planned.items():
+        before = finished.get(image_id)
+        for name in ("file_name", "width", "height"):
+            if before is not None and getattr(before, name) != getattr(entry, name):
+                raise InputError(
+                    f"output_dir {output_dir} has image {image_id} with {name} {getattr(before, name)}, now "
+                    f"it is {getattr(entry, name)}. Choose another output_dir, or writer.if_exists=overwrite."
+                )
+
+
+def refuse_missing(output_dir: Place, missing: Sequence[int], planned: int) -> None:
+    """Check that no planned image is missing.
+
+    Raises:
+        IncompleteError: One is; the message names a few.
+    """
+    if missing:
+        some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise IncompleteError(
+            f"{len(missing)} of {planned} images are missing in {output_dir}: {some}. "
+            "What is finished is kept: run the same command again to go on."
+        )

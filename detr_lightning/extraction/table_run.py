@@ -1,0 +1,358 @@
+"""An extraction into one Lance table, on a disk or an object store.
+
+On a disk the table's folder is locked as a folder of files is. An object store has no locks: there, two runs may work
+on one table at once. Neither loses a row of the other's, and an image that both have written is kept once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from detr_lightning.errors import InputError
+from detr_lightning.extraction.checks import refuse_missing, refuse_other_images, refuse_other_settings
+from detr_lightning.extraction.journal import (
+    Journal,
+    LockedFile,
+    await_done,
+    lock_folder,
+    remove_state,
+    sweep,
+    why_unseen,
+)
+from detr_lightning.format import table
+from detr_lightning.format.entries import ImageEntry, SkippedImage
+from detr_lightning.format.files import fsync_folder, to_json_bytes, write_json
+from detr_lightning.format.keys import QUERY_INDEX, FeatureSizes
+from detr_lightning.format.names import METADATA, STATE, is_url
+from detr_lightning.format.schema import LANCE, Metadata, RunRecord
+from detr_lightning.format.table import Row, Table
+
+BUFFER = 64 * 2**20
+"""Bytes of tensors that wait in memory before they are written to a fragment."""
+
+SILENCE = 600.0
+"""Seconds without a new version after which a run on an object store gives up on its other ranks."""
+
+POLL = 2.0
+"""Seconds between two looks at a table on an object store."""
+
+TRIES = 5
+"""How often a commit is tried."""
+
+STALE = timedelta(days=1)
+"""A run that registered longer ago, and did not finish, is taken for dead."""
+
+_RUN = "detr_lightning.run."
+"""Begins the keys of the dataset's config under which runs register while they live."""
+
+
+class TableRun:
+    """One run of an extraction into a table: the same steps as `ExtractionRun`.
+
+    Args:
+        output_dir: The folder, or its URL on an object store.
+        record: The metadata without the images.
+        images: The planned images.
+        failures: Planned images that cannot be read.
+        if_exists: `resume`, `overwrite` or `error`.
+        features: The feature maps of one image.
+        commit_seconds: A rank commits its rows when its last commit is this long ago: a kill loses no older work.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        record: RunRecord,
+        images: Iterable[ImageEntry],
+        failures: Iterable[SkippedImage] = (),
+        if_exists: str = "resume",
+        *,
+        features: FeatureSizes,
+        commit_seconds: float = 30.0,
+    ) -> None:
+        self.output_dir = output_dir
+        self.record = record
+        self.images = {entry.image_id: entry for entry in images}
+        self.failures = {entry.image_id: entry for entry in failures}
+        self.if_exists = if_exists
+        self.token: str | None = None
+        self.finished: dict[int, ImageEntry] = {}
+        self.complete = False
+        self._folder = None if is_url(output_dir) else Path(output_dir)
+        self._schema = table.table_schema(record, features)
+        self._commit_seconds = commit_seconds
+        self._version: int | None = None
+        self._lock: LockedFile | None = None
+        self._journal: Journal | None = None
+        self._rows: list[Row] = []
+        self._waiting = 0
+        self._fragments: list[Any] = []
+        self._uncommitted: set[int] = set()
+        self._committed_at = time.monotonic()
+        self._filling = threading.Lock()
+        self._flushing = threading.Lock()
+
+    @property
+    def pending(self) -> list[ImageEntry]:
+        """The planned images that are not finished."""
+        return [entry for image_id, entry in self.images.items() if image_id not in self.finished]
+
+    def inspect(self) -> None:
+        """Find out what is finished, and change nothing.
+
+        Raises:
+            OSError: The folder is a file, or the object store does not answer.
+            FileExistsError: It is not empty, and `if_exists` is `error`.
+            InputError: It holds files, another program's table, or a table of other settings or images.
+        """
+        self.finished, self.complete, self._version = {}, False, None
+        there = table.exists(self.output_dir)
+        if self.if_exists == "error" and (there or self._is_used()):
+            raise FileExistsError(
+                f"output_dir {self.output_dir} is not empty, and writer.if_exists is 'error'. Choose another one, "
+                "or writer.if_exists=resume to go on or overwrite to start again."
+            )
+        if not there:
+            self._refuse_files()
+            return
+        found = Table(self.output_dir)
+        self._version = found.version
+        if self.if_exists == "overwrite":
+            return
+        failed = set()
+        for entry, _place in found.entries():
+            if isinstance(entry, ImageEntry):
+                self.finished[entry.image_id] = entry
+            else:
+                failed.add(entry.image_id)
+        if self.finished:
+            refuse_other_settings(self.output_dir, self.finished, lambda: found.record.settings, self.record.settings)
+            refuse_other_images(self.output_dir, self.finished, self.images)
+        self.complete = self._has_metadata() and not self.pending and self.failures.keys() <= failed
+
+    def begin(self) -> None:
+        """Take the table: make it, or clear up after a dead run, and register this one.
+
+        Raises:
+            BusyError: Another run is at work in the folder.
+            OSError: The table cannot be written.
+        """
+        if self._folder is not None:
+            self._lock = lock_folder(self._folder)
+            sweep(self._folder)
+            for journal in (self._folder / STATE).glob("rank-*.jsonl"):
+                journal.unlink()
+        if not table.exists(self.output_dir):
+            found = Table.create(self.output_dir, self._schema)
+        else:
+            found = Table(self.output_dir)
+            if self.if_exists == "overwrite":
+                found.empty(self._schema)
+            elif found.version != self._version:
+                self.inspect()  # Another run has begun since.
+        self._remove_metadata()
+        tried_again = self.images.keys() | self.failures.keys()
+        found.delete([place for entry, place in found.entries(skipped=True) if entry.image_id in tried_again])
+        self.token = uuid.uuid4().hex
+        found.configure({_RUN + self.token: datetime.now(timezone.utc).isoformat()})
+        for failure in self.failures.values():
+            self._add((failure, {}), 0)
+
+    def join(self, rank: int) -> None:
+        """Start this rank."""
+        if self._folder is not None:
+            self._journal = Journal(self._folder / STATE / f"rank-{rank}.jsonl")
+        self._schema = Table(self.output_dir).schema
+        self._committed_at = time.monotonic()
+
+    def shares_folder(self, token: str) -> bool:
+        """Return whether this rank sees the run that rank 0 began: whether both write to one table."""
+        return table.exists(self.output_dir) and _RUN + token in Table(self.output_dir).config
+
+    def unseen(self, world_size: int) -> list[str | None]:
+        """Return for each rank, all having joined, None or why this process would not see that it is alive."""
+        if self._folder is None:
+            return [None] * world_size
+        return [why_unseen(self._folder / STATE / f"rank-{rank}.jsonl") for rank in range(world_size)]
+
+    def save(self, image_id: int, tensors: Mapping[str, Tensor], features: FeatureSizes) -> int:
+        """Add an image's row, to be committed soon; return its tensors' bytes. Any thread may call it."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        index = tensors.get(QUERY_INDEX)
+        num_queries = None if index is None else len(index)
+        self._add((replace(self.images[image_id], features=features, num_queries=num_queries), tensors), size)
+        return size
+
+    def fail(self, image_id: int, reason: str) -> None:
+        """Add a row for an image that was skipped."""
+        self._add((SkippedImage(image_id, self.images[image_id].file_name, reason), {}), 0)
+
+    def leave(self, done: bool) -> None:
+        """Close this rank's journal; where the rank went through all its images, commit what is waiting first."""
+        if done:
+            self._flush(commit=True)
+        if self._journal is not None:
+            self._journal.close(done)
+
+    def release(self) -> None:
+        """Let go of the folder without finishing."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def finish(self, world_size: int) -> Metadata:
+        """Wait for all ranks, count the rows, tidy the table, and write the metadata.
+
+        Returns:
+            The metadata.
+
+        Raises:
+            IncompleteError: A planned image has no row.
+            RuntimeError: A rank ended early.
+        """
+        if self._folder is not None:
+            await_done([self._folder / STATE / f"rank-{rank}.jsonl" for rank in range(world_size)])
+        elif world_size > 1:
+            self._await_rows()
+        entries = self._count()
+        refuse_missing(self.output_dir, sorted(self.images.keys() - entries.keys()), len(self.images))
+        self._tidy()
+        metadata = Metadata(
+            run=self.record,
+            images=[entry for entry in entries.values() if isinstance(entry, ImageEntry)],
+            failed=[entry for entry in entries.values() if isinstance(entry, SkippedImage)],
+            layout=LANCE,
+        )
+        self._write_metadata(metadata)
+        return metadata
+
+    def _add(self, row: Row, size: int) -> None:
+        with self._filling:
+            self._rows.append(row)
+            self._waiting += size
+            full = self._waiting >= BUFFER
+        if full or time.monotonic() - self._committed_at >= self._commit_seconds:
+            self._flush()
+
+    def _flush(self, commit: bool = False) -> None:
+        """Write what is waiting to a fragment, and commit where that is due."""
+        with self._flushing:
+            with self._filling:
+                rows, self._rows, self._waiting = self._rows, [], 0
+            if rows:
+                self._fragments += table.write_rows(self.output_dir, self._schema, rows)
+                self._uncommitted |= {entry.image_id for entry, _ in rows}
+            if self._fragments and (commit or time.monotonic() - self._committed_at >= self._commit_seconds):
+                self._commit()
+
+    def _commit(self) -> None:
+        """Commit the fragments. A commit may land although it raises, so a blind retry could add rows twice."""
+        for left in reversed(range(TRIES)):
+            try:
+                Table(self.output_dir).append(self._fragments)
+                break
+            except OSError:
+                if self._has_landed():
+                    break
+                if not left:
+                    raise
+                time.sleep(0.5)
+        self._fragments, self._uncommitted, self._committed_at = [], set(), time.monotonic()
+
+    def _has_landed(self) -> bool:
+        try:
+            return Table(self.output_dir).has_all(self._uncommitted)
+        except OSError:
+            return False
+
+    def _await_rows(self) -> None:
+        """Wait for the rows of all planned images, as long as new versions appear."""
+        version, seen_at = None, time.monotonic()
+        while time.monotonic() - seen_at < SILENCE:
+            found = Table(self.output_dir)
+            if found.version != version:
+                version, seen_at = found.version, time.monotonic()
+                if found.has_all(self.images.keys()):
+                    return
+            time.sleep(POLL)
+
+    def _count(self) -> dict[int, ImageEntry | SkippedImage]:
+        """Return the entry of each row, ascending by id, after removing rows that an image has too many."""
+        found = Table(self.output_dir)
+        kept: dict[int, tuple[ImageEntry | SkippedImage, int]] = {}
+        surplus = []
+        for entry, place in found.entries():
+            first, first_place = kept.setdefault(entry.image_id, (entry, place))
+            if first is not entry:
+                better = isinstance(first, SkippedImage) and isinstance(entry, ImageEntry)
+                surplus.append(first_place if better else place)
+                if better:
+                    kept[entry.image_id] = entry, place
+        found.delete(surplus)
+        return {image_id: kept[image_id][0] for image_id in sorted(kept)}
+
+    def _tidy(self) -> None:
+        """Join small fragments, index the ids, and remove old versions where no other run may need them."""
+        found = Table(self.output_dir)
+        found.optimise(BUFFER)
+        runs = {name: begun for name, begun in found.config.items() if name.startswith(_RUN)}
+        own = _RUN + str(self.token)
+        alone = self._folder is not None or not any(_is_recent(runs[name]) for name in runs if name != own)
+        found.configure(dict.fromkeys(runs if alone else [own]))
+        if alone:
+            found.remove_old_versions()
+
+    def _is_used(self) -> bool:
+        return self._folder is not None and self._folder.is_dir() and any(self._folder.iterdir())
+
+    def _refuse_files(self) -> None:
+        if self._folder is not None and self._folder.exists() and not self._folder.is_dir():
+            raise NotADirectoryError(f"output_dir {self._folder} is a file. Choose a folder, or remove the file.")
+        if self._has_metadata() or (self._folder is not None and any(self._folder.glob("embedding_*.pt"))):
+            raise InputError(
+                f"output_dir {self.output_dir} holds an extraction with one file per image, not a table. Choose "
+                "another output_dir for writer.layout lance, or make a table of it: detr-lightning convert."
+            )
+
+    def _has_metadata(self) -> bool:
+        if self._folder is not None:
+            return (self._folder / METADATA).exists()
+        return table.read_file(self.output_dir, METADATA) is not None
+
+    def _remove_metadata(self) -> None:
+        if self._folder is not None:
+            (self._folder / METADATA).unlink(missing_ok=True)
+        elif self._has_metadata():
+            table.remove_file(self.output_dir, METADATA)
+
+    def _write_metadata(self, metadata: Metadata) -> None:
+        content = metadata.to_json()
+        if self._folder is None:
+            table.write_file(self.output_dir, METADATA, to_json_bytes(content, checksum=True))
+            return
+        write_json(self._folder / METADATA, content, checksum=True)
+        assert self._lock is not None, "begin comes first"
+        remove_state(self._folder, self._lock)
+        fsync_folder(self._folder)
+
+
+def file_ids(output_dir: str) -> dict[str, int]:
+    """Return the ids that a table gave to files, by file name; none where there is no table yet."""
+    if not table.exists(output_dir):
+        return {}
+    return {entry.file_name: entry.image_id for entry, _ in Table(output_dir).entries()}
+
+
+def _is_recent(begun: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return datetime.now(timezone.utc) - datetime.fromisoformat(begun) < STALE
+    return False

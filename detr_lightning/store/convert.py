@@ -1,0 +1,117 @@
+"""A folder of files turned into a Lance table, or a table into a folder of files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from detr_lightning.errors import SettingError
+from detr_lightning.format.entries import ImageEntry
+from detr_lightning.format.files import fsync_folder, save_tensors, to_json_bytes, write_json
+from detr_lightning.format.keys import FeatureSizes
+from detr_lightning.format.names import METADATA, is_url
+from detr_lightning.format.schema import LANCE, Metadata
+from detr_lightning.parallel import track
+from detr_lightning.store.store import EmbeddingStore
+
+_BYTES_AT_ONCE = 64 * 2**20
+
+
+def convert(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], progress: bool | None = None
+) -> EmbeddingStore:
+    """Write an extraction in the other layout: files as a table, a table as files. Every tensor stays bit for bit.
+
+    Args:
+        source: A finished extraction.
+        target: A folder that is empty or does not exist yet, or for a table also a URL. Where this fails, a folder is
+            removed again.
+        progress: Show a progress bar; by default for more than 1000 images or after two seconds.
+
+    Returns:
+        The extraction in its new layout.
+
+    Raises:
+        FileExistsError: The target is in use.
+        FileNotFoundError: There is no finished extraction at the source.
+        InputError: A file of the source is damaged.
+        MissingPackageError: Lance is not installed.
+        OSError: The target cannot be written.
+        SettingError: The target of files is a URL.
+    """
+    store = EmbeddingStore(source)
+    to_files = store.is_table
+    target = os.fspath(target)
+    if to_files and is_url(target):
+        raise SettingError(f"{target} is a URL, and one file per image needs a folder. Name a folder to convert into.")
+    folder = None if is_url(target) else Path(target).expanduser()
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is in use. Name a folder that is empty or does not exist yet.")
+    existed = folder is not None and folder.exists()
+    images = track(_images(store), len(store), "Converting", progress)
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        if to_files:
+            assert folder is not None
+            _write_files(store, folder, images)
+        else:
+            _write_table(store, target if folder is None else str(folder), images)
+    except BaseException:
+        if folder is not None:
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not existed:
+                folder.rmdir()
+        raise
+    return EmbeddingStore(target)
+
+
+def _images(store: EmbeddingStore) -> Iterator[tuple[ImageEntry, dict[str, Tensor]]]:
+    for image_id in store:
+        yield store.entry(image_id), store[image_id]
+
+
+def _write_files(store: EmbeddingStore, folder: Path, images: Iterator[tuple[ImageEntry, dict[str, Tensor]]]) -> None:
+    entries = []
+    for entry, tensors in images:
+        saved = save_tensors(folder, entry.image_id, tensors)
+        entries.append(replace(entry, bytes=saved.bytes, checksum=saved.checksum))
+    fsync_folder(folder)
+    metadata = Metadata(run=store.metadata_file.run, images=entries, failed=store.metadata_file.failed())
+    write_json(folder / METADATA, metadata.to_json(), checksum=True)
+    fsync_folder(folder)
+
+
+def _write_table(store: EmbeddingStore, target: str, images: Iterator[tuple[ImageEntry, dict[str, Tensor]]]) -> None:
+    from detr_lightning.format import table  # which needs Lance
+
+    if table.exists(target):
+        raise FileExistsError(f"{target} has a table already. Name another place.")
+    run, failed = store.metadata_file.run, store.metadata_file.failed()
+    features = next((store.entry(image_id).features for image_id in store), None) or FeatureSizes.single((1, 1))
+    made = table.Table.create(target, table.table_schema(run, features))
+    entries: list[ImageEntry] = []
+    rows: list[table.Row] = [(skipped, {}) for skipped in failed]
+    size = 0
+    for entry, tensors in images:
+        entries.append(entry)
+        rows.append((entry, tensors))
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        if size >= _BYTES_AT_ONCE:
+            made.append(table.write_rows(target, made.schema, rows))
+            rows, size = [], 0
+    if rows:
+        made.append(table.write_rows(target, made.schema, rows))
+    made.optimise(_BYTES_AT_ONCE)
+    made.remove_old_versions()
+    content = Metadata(run=run, images=entries, failed=failed, layout=LANCE).to_json()
+    if is_url(target):
+        table.write_file(target, METADATA, to_json_bytes(content, checksum=True))
+    else:
+        write_json(Path(target, METADATA), content, checksum=True)

@@ -1,0 +1,136 @@
+"""A Lance table behind `EmbeddingStore`: its metadata, and its tensors by image id."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from detr_lightning.errors import InputError
+from detr_lightning.format import table
+from detr_lightning.format.entries import ImageEntry
+from detr_lightning.format.metadata import MetadataFile
+from detr_lightning.format.names import METADATA, is_url
+from detr_lightning.format.schema import LANCE
+from detr_lightning.format.table import Table
+
+_ROWS_AT_ONCE = 256
+
+
+class TableTensors:
+    """The tensors of a table.
+
+    Lance cannot be used in a forked process: each process opens the table itself, when it first reads.
+
+    Args:
+        output_dir: The folder or URL that holds the table.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = output_dir
+        self._reader: tuple[int, table.TableReader] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process."""
+        return {"output_dir": self.output_dir, "_reader": None}
+
+    @property
+    def reader(self) -> table.TableReader:
+        """The table, opened in this process."""
+        if self._reader is None or self._reader[0] != os.getpid():
+            self._reader = os.getpid(), table.TableReader(self.output_dir)
+        return self._reader[1]
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """The bytes of all tensors as stored."""
+        return Table(self.output_dir).nbytes
+
+    def load(self, image_id: int) -> dict[str, Tensor]:
+        """Return all tensors of an image."""
+        keys = self.reader.keys
+        (row,) = self.reader.read([image_id], keys)
+        return dict(zip(keys, row, strict=True))
+
+    def read(self, image_id: int, key: str) -> Tensor:
+        """Return one tensor of an image, without reading the others."""
+        ((tensor,),) = self.reader.read([image_id], [key])
+        return tensor
+
+    def each(self, image_ids: Sequence[int], key: str, use: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Call `use(index, tensor)` for each of many images, and yield after each."""
+        for start in range(0, len(image_ids), _ROWS_AT_ONCE):
+            rows = self.reader.read(image_ids[start : start + _ROWS_AT_ONCE], [key])
+            for index, (tensor,) in enumerate(rows, start=start):
+                use(index, tensor)
+                yield
+
+
+class TableMetadata(MetadataFile):
+    """The `metadata.json` of a table; its images are in the table's rows.
+
+    Args:
+        content: All of it, as JSON.
+        tensors: The table's tensors.
+    """
+
+    def __init__(self, content: dict[str, Any], tensors: TableTensors) -> None:
+        self.content = content
+        self.path = Path(tensors.output_dir, METADATA)
+        self.changed = False
+        self._tensors = tensors
+
+    @cached_property
+    def image_ids(self) -> list[int]:
+        """The ids of all images, ascending."""
+        return list(map(int, self._tensors.reader.image_ids))
+
+    def __contains__(self, image_id: int) -> bool:
+        return self._tensors.reader.row_of(image_id) is not None
+
+    def entry(self, image_id: int) -> ImageEntry:
+        """Return an image's entry.
+
+        Raises:
+            KeyError: There is no such image.
+        """
+        return self._tensors.reader.entry(image_id)
+
+    def entries(self) -> Iterator[Any]:
+        """Yield the JSON objects of the images and of the skipped ones."""
+        yield from (entry.to_json() for entry, _ in Table(self._tensors.output_dir).entries())
+
+
+def open_table(output_dir: str) -> tuple[TableMetadata, TableTensors]:
+    """Return the metadata and the tensors of a finished table.
+
+    Raises:
+        FileNotFoundError: There is no table, or its extraction has not finished.
+        InputError: Its `metadata.json` or its dataset is not one of this program's.
+        OSError: The object store does not answer, or refuses.
+    """
+    path = Path(output_dir, METADATA)
+    data = (
+        table.read_file(output_dir, METADATA) if is_url(output_dir) else path.read_bytes() if path.is_file() else None
+    )
+    if data is None:
+        if not table.exists(output_dir):
+            raise FileNotFoundError(f"{output_dir} has no {METADATA} and no table. Give the output of an extraction.")
+        raise FileNotFoundError(
+            f"{output_dir} holds an unfinished extraction. Run the same command again to finish it."
+        )
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{output_dir}/{METADATA} is not JSON ({error}). Remove it and extract again.") from error
+    if not isinstance(content, dict) or content.get("layout") != LANCE:
+        raise InputError(
+            f"{output_dir}/{METADATA} does not belong to the table beside it. Remove it and extract again."
+        )
+    tensors = TableTensors(output_dir)
+    return TableMetadata(content, tensors), tensors

@@ -1,0 +1,234 @@
+"""One Lance table through the command: the same tensors as files, resuming, refusals, an object store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from coco_factory import Coco, make_coco
+from ran import RunCLI
+
+lance = pytest.importorskip("lance", reason="pylance, of the extra lance, is not installed")
+
+from detr_lightning import EmbeddingStore  # noqa: E402
+from detr_lightning.extractor import DETRExtractor  # noqa: E402
+from detr_lightning.format.table import Table  # noqa: E402
+from detr_lightning.store.verify import verify  # noqa: E402
+
+TO_TABLE = ("--writer.layout", "lance")
+ALL = ("--extract_type", "all")
+
+
+def assert_equal(one: EmbeddingStore, other: EmbeddingStore) -> None:
+    assert one.image_ids == other.image_ids
+    for image_id in one:
+        ours, theirs = one[image_id], other[image_id]
+        assert list(ours) == list(theirs)
+        for key, tensor in ours.items():
+            assert tensor.dtype == theirs[key].dtype
+            assert torch.equal(tensor, theirs[key]), (image_id, key)
+        assert one.entry(image_id).features == other.entry(image_id).features
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Coco:
+    return make_coco(tmp_path_factory.mktemp("images"), 8)
+
+
+@pytest.fixture
+def files(run_cli: RunCLI, images: Coco, tmp_path: Path) -> EmbeddingStore:
+    assert run_cli("predict", *images.data, *ALL, "--output_dir", tmp_path / "files").code == 0
+    return EmbeddingStore(tmp_path / "files")
+
+
+def test_a_table_has_the_tensors_of_the_files_and_converts_both_ways(
+    run_cli: RunCLI, images: Coco, files: EmbeddingStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "table"
+    ran = run_cli("predict", *images.data, *ALL, *TO_TABLE, "--output_dir", folder)
+    assert ran.code == 0, ran.err
+    assert sorted(path.name for path in folder.iterdir()) == ["embeddings.lance", "metadata.json"]
+    table = EmbeddingStore(folder)
+    assert_equal(table, files)
+    assert verify(folder) == []
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert metadata["layout"] == "lance"
+    assert metadata["num_images"] == 8
+    assert not {"image_ids", "images"} & metadata.keys()
+    ids, stacked = table.stack("query_embeddings", [22, 1, 7])
+    assert ids == [22, 1, 7]
+    assert torch.equal(stacked, files.stack("query_embeddings", [22, 1, 7])[1])
+    assert torch.equal(table.feature_map(4), files.feature_map(4))
+    again = run_cli("predict", *images.data, *ALL, *TO_TABLE, "--output_dir", folder)
+    assert (again.code, "Nothing to do" in again.err) == (0, True)
+
+    dataset = lance.dataset(str(folder / "embeddings.lance"))
+    assert len(dataset.versions()) == 1
+    assert [index.field_names for index in dataset.describe_indices()] == [["image_id"]]
+
+    assert run_cli("convert", files.folder, tmp_path / "converted").code == 0
+    assert_equal(EmbeddingStore(tmp_path / "converted"), files)
+    assert run_cli("convert", tmp_path / "converted", tmp_path / "back").code == 0
+    for path in Path(str(files.folder)).glob("embedding_*.pt"):
+        assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
+    refused = run_cli("convert", files.folder, tmp_path / "back")
+    assert (refused.code, "is in use" in refused.err) == (1, True)
+
+
+def test_kept_queries(run_cli: RunCLI, images: Coco, tmp_path: Path) -> None:
+    four = ("predict", *images.data, "--data.limit", "4")
+    assert run_cli(*four, "--output_dir", tmp_path / "full").code == 0
+    scores = EmbeddingStore(tmp_path / "full").stack("pred_logits")[1].softmax(-1)[..., :-1].amax(-1)  # [4, 10]
+    kept = ("--writer.min_score", str(scores.median().item()))
+    assert run_cli(*four, *kept, "--output_dir", tmp_path / "files").code == 0
+    assert run_cli(*four, *kept, *TO_TABLE, "--output_dir", tmp_path / "table").code == 0
+    files, table = EmbeddingStore(tmp_path / "files"), EmbeddingStore(tmp_path / "table")
+    assert_equal(table, files)
+    assert len({table.entry(image_id).num_queries for image_id in table}) > 1
+    for ours, theirs in zip(table.rows("query_embeddings"), files.rows("query_embeddings"), strict=True):
+        assert torch.equal(ours, theirs)
+    assert verify(tmp_path / "table") == []
+
+
+def test_what_was_committed_before_a_crash_is_not_computed_again(
+    run_cli: RunCLI, images: Coco, files: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "table"
+    command = ("predict", *images.data, *ALL, *TO_TABLE, "--output_dir", folder, "--data.batch_size", "1")
+    step, seen = DETRExtractor.predict_step, []
+
+    def crash(self: DETRExtractor, batch: dict, *args: int) -> dict:
+        if len(seen) == 5:
+            raise RuntimeError("the power is out")
+        seen.extend(batch["image_id"])
+        return step(self, batch, *args)
+
+    monkeypatch.setattr(DETRExtractor, "predict_step", crash)
+    with pytest.raises(RuntimeError, match="the power is out"):
+        run_cli(*command, "--writer.commit_seconds", "1e-9", "--writer.threads", "1")
+    monkeypatch.undo()
+    kept = [entry.image_id for entry, _ in Table(folder).entries()]
+    assert kept
+    assert not (folder / "metadata.json").exists()
+    with pytest.raises(FileNotFoundError, match="unfinished"):
+        EmbeddingStore(folder)
+
+    computed: list[int] = []
+    monkeypatch.setattr(
+        DETRExtractor,
+        "predict_step",
+        lambda self, batch, *a: (computed.extend(batch["image_id"]), step(self, batch, *a))[1],
+    )
+    assert run_cli(*command).code == 0
+    assert sorted(computed + kept) == files.image_ids
+    assert_equal(EmbeddingStore(folder), files)
+
+
+def test_rows_that_an_image_has_too_many_are_removed(run_cli: RunCLI, images: Coco, tmp_path: Path) -> None:
+    folder = tmp_path / "table"
+    command = ("predict", *images.data, *TO_TABLE, "--output_dir", folder)
+    assert run_cli(*command).code == 0
+    dataset = lance.dataset(str(folder / "embeddings.lance"))
+    dataset.insert(
+        dataset.to_table().slice(2, 3)
+    )  # as a commit does that landed, was not acknowledged, and was tried again
+    (folder / "metadata.json").unlink()
+    assert run_cli(*command).code == 0
+    assert lance.dataset(str(folder / "embeddings.lance")).count_rows() == 8
+    assert verify(folder) == []
+
+
+def test_an_image_that_cannot_be_read_is_a_row_with_its_reason(run_cli: RunCLI, images: Coco, tmp_path: Path) -> None:
+    copy = Coco(tmp_path / "images", images.annotations)
+    shutil.copytree(images.images, copy.images)
+    (copy.images / "000000000007.jpg").write_bytes(b"")
+    command = ("predict", *copy.data, *TO_TABLE, "--output_dir", tmp_path / "table", "--data.on_error", "skip")
+    assert run_cli(*command).code == 0
+    (row,) = (
+        lance.dataset(str(tmp_path / "table" / "embeddings.lance")).to_table(filter="error IS NOT NULL").to_pylist()
+    )
+    assert (row["image_id"], row["error"], row["query_embeddings"]) == (7, "empty file (0 bytes)", None)
+    store = EmbeddingStore(tmp_path / "table")
+    assert 7 not in store
+    assert len(store) == 7
+    shutil.copy(images.images / "000000000007.jpg", copy.images)
+    assert run_cli(*command).code == 0
+    assert len(EmbeddingStore(tmp_path / "table")) == 8
+
+
+def test_other_settings_layouts_and_tables_are_refused(run_cli: RunCLI, images: Coco, tmp_path: Path) -> None:
+    table, files = tmp_path / "table", tmp_path / "files"
+    assert run_cli("predict", *images.data, *TO_TABLE, "--output_dir", table).code == 0
+    assert run_cli("predict", *images.data, "--output_dir", files).code == 0
+    foreign = tmp_path / "foreign"
+    lance.write_dataset(
+        lance.dataset(str(table / "embeddings.lance")).to_table(columns=["file_name"]),
+        str(foreign / "embeddings.lance"),
+    )
+    for message, arguments in {
+        "writer.dtype was float32, now float16": (*TO_TABLE, "--output_dir", table, "--writer.dtype", "float16"),
+        "holds one table, not a file per image": ("--output_dir", table),
+        "one file per image, not a table": (*TO_TABLE, "--output_dir", files),
+        "another program's Lance dataset": (*TO_TABLE, "--output_dir", foreign),
+        "writer.layout files needs a folder": ("--output_dir", "s3://bucket/out"),
+        "is not empty": (*TO_TABLE, "--output_dir", table, "--writer.if_exists", "error"),
+    }.items():
+        ran = run_cli("predict", *images.data, *arguments)
+        assert ran.code == 1, message
+        assert message in ran.err
+    ran = run_cli(
+        "predict",
+        *images.data,
+        *TO_TABLE,
+        "--output_dir",
+        table,
+        "--writer.dtype",
+        "float16",
+        "--writer.if_exists",
+        "overwrite",
+    )
+    assert ran.code == 0, ran.err
+    assert EmbeddingStore(table).load(1, "query_embeddings").dtype is torch.float16
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket on an S3 server of this process."""
+    server = pytest.importorskip("moto.server", reason="moto, an S3 server for tests, is not installed")
+    boto3 = pytest.importorskip("boto3")
+    running = server.ThreadedMotoServer(port=0)
+    running.start()
+    _host, port = running.get_host_and_port()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT": f"http://127.0.0.1:{port}",
+        "AWS_ALLOW_HTTP": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1").create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    running.stop()
+
+
+def test_an_object_store(run_cli: RunCLI, images: Coco, files: EmbeddingStore, bucket: str, tmp_path: Path) -> None:
+    url = f"{bucket}/out"
+    command = ("predict", *images.data, *ALL, *TO_TABLE, "--output_dir", url)
+    assert run_cli(*command, "--data.limit", "5").code == 0
+    ran = run_cli(*command)
+    assert ran.code == 0, ran.err
+    store = EmbeddingStore(url)
+    assert_equal(store, files)
+    assert verify(url) == []
+    assert run_cli("summary", url).code == 0
+    assert run_cli("export", url, "--output", tmp_path / "queries.npy").code == 0
+    loader = torch.utils.data.DataLoader(store.dataset("pred_boxes"), num_workers=1, multiprocessing_context="spawn")
+    assert [int(image_id) for _boxes, image_id in loader] == files.image_ids
+    missing = run_cli("verify", "s3://nowhere/out")
+    assert missing.code == 1
+    assert "s3://nowhere/out" in missing.err
