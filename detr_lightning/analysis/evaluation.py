@@ -44,5 +44,5 @@ def evaluate_store(
     ground_truth = content.ground_truth(store.image_ids)
     rows: list[dict[str, Any]] = []
     for image_id in track(store, len(store), "Reading detections", progress):
-        rows += coco_results(image_id, predictions[image_id])
+        rows += coco_results(image_id, predictions.best(image_id))
     return evaluate(ground_truth, rows, store.image_ids)

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--format", choices=FORMATS, default="npy", help="default: npy; coco: detection results")
     parser.add_argument("--key", default="query_embeddings", help="default: query_embeddings; not used by coco")
-    parser.add_argument("--pool", choices=POOLS, help="over the places of the image or the object queries")
+    parser.add_argument("--pool", choices=POOLS, help="one vector per image, over its places or queries")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     parser.add_argument("--threshold", type=float, default=0.0, help="coco: leave out lower scores; default: 0")
 
 
@@ -31,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
         options.key,
         pool=options.pool,
         threshold=options.threshold,
+        overwrite=options.overwrite,
     )
     for path in written:
         print(f"wrote {path}")

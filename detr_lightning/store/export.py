@@ -43,8 +43,8 @@ def export(
         store: The extraction.
         output: The file to write, outside of the store's folder. Missing folders are made.
         format: `npy` writes an array `[N, ...]`, and the image ids beside it in a file that ends in `.ids.npy`.
-            `parquet` writes the columns `image_id` and `embedding`, flattened; the schema's metadata has its `shape`.
-            `safetensors` writes the tensors `image_ids` and the key.
+            `parquet` writes the columns `image_id`, `embedding`, flattened, and `shape`, which it is reshaped to.
+            `safetensors` writes the tensors `image_ids` and the key; its metadata names the source and the model.
             `coco` writes detections as pycocotools' `loadRes` reads them.
         key: Which tensor; not used by `coco`.
         image_ids: Which images, in which order; by default all.
@@ -69,7 +69,7 @@ def export(
         _write_coco(store, path, ids, threshold, progress)
         return [path]
     if format == "safetensors":
-        _write_safetensors(path, key, *store.stack(key, ids, pool, progress))
+        _write_safetensors(store, path, key, pool, *store.stack(key, ids, pool, progress))
         return [path]
     blocks = _blocks(store, key, ids, pool, progress)
     if format == "parquet":
@@ -147,6 +147,7 @@ def _write_parquet(path: Path, key: str, blocks: Iterator[tuple[list[int], Tenso
         columns = {
             "image_id": pa.array(ids, pa.int64()),
             "embedding": pa.FixedSizeListArray.from_arrays(flat, block[0].numel()),
+            "shape": pa.array([list(block.shape[1:])] * len(ids), pa.list_(pa.int64(), block.ndim - 1)),
         }
         return pa.table(columns, metadata={"key": key, "shape": json.dumps(list(block.shape[1:]))})
 
@@ -157,10 +158,20 @@ def _write_parquet(path: Path, key: str, blocks: Iterator[tuple[list[int], Tenso
             writer.write_table(table(ids, block))
 
 
-def _write_safetensors(path: Path, key: str, ids: list[int], stacked: Tensor) -> None:
+def _write_safetensors(
+    store: EmbeddingStore, path: Path, key: str, pool: str | None, ids: list[int], stacked: Tensor
+) -> None:
     from safetensors.torch import save
 
-    data = save({"image_ids": torch.tensor(ids, dtype=torch.int64), key: stacked})
+    metadata = {
+        "image_ids": "the image id of each row",
+        "key": key,
+        "shape": json.dumps(list(stacked.shape[1:])),
+        "pool": pool or "none",
+        "source": store.location,
+        "model": json.dumps({name: store.metadata.get("model", {}).get(name) for name in ("weights", "sha256")}),
+    }
+    data = save({"image_ids": torch.tensor(ids, dtype=torch.int64), key: stacked}, metadata)
     with replacing(path, len(data)) as file:
         file.write(data)
 
@@ -176,7 +187,7 @@ def _write_coco(store: EmbeddingStore, path: Path, ids: list[int], threshold: fl
     best = 0.0
     with replacing(path) as file:
         for image_id in track(ids, len(ids), "Exporting detections", progress):
-            detections = predictions[image_id]
+            detections = predictions.best(image_id)
             best = max([best, *detections.scores.tolist()])
             rows: list[dict[str, Any]] = coco_results(image_id, detections, threshold)
             if rows:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
-from detr_lightning.detections import Detections, detect
+from detr_lightning.detections import Detections, best_detections, detect, to_coco_ids
 from detr_lightning.errors import SettingError
+from detr_lightning.format.keys import Size
 from detr_lightning.format.schema import ModelRecord
 from detr_lightning.store.store import EmbeddingStore
 
@@ -35,10 +36,9 @@ class Predictions:
         content = store.metadata.get("model")
         model = None if content is None else ModelRecord.from_json(content)
         self.scoring = model.scoring if model else "softmax"
-        ids: Sequence[int | None] = model.category_ids or () if model else ()
-        labels = [index if number is None else number for index, number in enumerate(ids)]
-        self._labels = torch.tensor(labels)
-        self.names = {labels[index] if index < len(labels) else index: name for index, name in store.categories.items()}
+        self._ids = model.category_ids if model else None
+        ids = [index if number is None else number for index, number in enumerate(self._ids or ())]
+        self.names = {ids[index] if index < len(ids) else index: name for index, name in store.categories.items()}
         """The names of the labels."""
 
     def __getitem__(self, image_id: int) -> Detections:
@@ -47,6 +47,51 @@ class Predictions:
         Raises:
             UnknownImageError: The store holds no such image.
         """
+        return to_coco_ids(detect(*self._stored(image_id), self.scoring), self._ids)
+
+    def best(self, image_id: int) -> Detections:
+        """Return the detections of an image that the model's own evaluation counts.
+
+        Raises:
+            UnknownImageError: The store holds no such image.
+        """
+        return to_coco_ids(best_detections(*self._stored(image_id), self.scoring), self._ids)
+
+    def _stored(self, image_id: int) -> tuple[Tensor, Tensor, Size]:
         logits, boxes = (self.store.load(image_id, key) for key in ("pred_logits", "pred_boxes"))
-        found = detect(logits, boxes, self.store.entry(image_id).size, self.scoring)
-        return found._replace(labels=self._labels[found.labels]) if len(self._labels) else found
+        return logits, boxes, self.store.entry(image_id).size
+
+
+class CategoryCount(NamedTuple):
+    """How often a category was detected, and how surely."""
+
+    name: str
+    objects: int
+    mean_score: float
+
+
+def count_categories(store: EmbeddingStore, threshold: float = 0.7, limit: int = 1000) -> list[CategoryCount]:
+    """Return the categories of the detections, the most frequent first.
+
+    Args:
+        store: A folder with `pred_logits` and `pred_boxes`.
+        threshold: The lowest score that counts.
+        limit: How many images are read, spread evenly over the store.
+
+    Raises:
+        SettingError: The folder lacks a key.
+    """
+    predictions = Predictions(store)
+    scores: dict[int, list[float]] = {}
+    ids = store.image_ids
+    chosen = min(limit, len(ids))
+    for image_id in (ids[number * len(ids) // chosen] for number in range(chosen)):
+        found = predictions[image_id]
+        sure = found.scores >= threshold
+        for label, score in zip(found.labels[sure].tolist(), found.scores[sure].tolist(), strict=True):
+            scores.setdefault(label, []).append(score)
+    counts = [
+        CategoryCount(predictions.names.get(label, str(label)), len(values), sum(values) / len(values))
+        for label, values in scores.items()
+    ]
+    return sorted(counts, key=lambda count: (-count.objects, count.name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import difflib
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -209,8 +210,10 @@ class EmbeddingStore:
         """
         for key in keys:
             if key not in self.embedding_keys:
+                near = difflib.get_close_matches(key, self.embedding_keys, n=1)
+                hint = f"Did you mean {near[0]!r}? " if near else ""
                 raise SettingError(
-                    f"{self.name} holds no {key!r}, only {', '.join(self.embedding_keys)}. "
+                    f"{self.name} holds no {key!r}, only {', '.join(self.embedding_keys)}. {hint}"
                     f"Name {key} in model.keys, or choose an extract_type that has it, and extract into another folder."
                 )
 

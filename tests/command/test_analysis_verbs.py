@@ -13,6 +13,7 @@ from pyarrow import parquet
 from ran import RunCLI
 from store_factory import annotations_of, edit_metadata, make_store
 
+from detr_lightning.analysis.objects import objects
 from detr_lightning.command.main import main
 from detr_lightning.demo.pictures import ANNOTATION_FILE
 from detr_lightning.shipped import DEMO
@@ -124,3 +125,29 @@ def test_the_verbs_need_no_lightning(store: EmbeddingStore, annotations: Path, t
     command = [sys.executable, "-c", script, str(store.folder), str(annotations), str(tmp_path / "objects.parquet")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_summary_counts_the_categories(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["summary", str(store.folder)]) == 0
+    out = capsys.readouterr().out
+    assert "Objects that score 0.7 or more in 4 images" in out
+    table = objects(store)
+    for name, rows in table.groupby("category"):
+        (line,) = [line for line in out.splitlines() if line.replace("│", " ").split()[:1] == [name]]
+        words = line.replace("│", " ").split()
+        assert (words[1], words[-1]) == (str(len(rows)), f"{rows.score.mean():.2f}")
+        assert words[2].count("█") == round(24 * len(rows) / table.category.value_counts().max())
+    few = make_store(tmp_path / "few", keys=("query_embeddings",))
+    assert main(["summary", str(few.folder)]) == 0
+    assert "Objects that score" not in capsys.readouterr().out
+
+
+def test_summary_of_many_categories_and_images(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detr_lightning.command.summary.SHOWN", 1)
+    monkeypatch.setattr("detr_lightning.command.summary.READ", 2)
+    assert main(["summary", str(make_store(tmp_path / "out").folder)]) == 0
+    out = capsys.readouterr().out
+    assert "in 2 images of 4" in out
+    assert "2 others" in out

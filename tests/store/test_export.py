@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyarrow import parquet
 from pycocotools.coco import COCO
+from safetensors import safe_open
 from safetensors.torch import load_file
 from store_factory import annotations_of, make_store
 
@@ -55,7 +56,8 @@ def test_parquet(store: EmbeddingStore, tmp_path: Path) -> None:
     assert table["image_id"].to_pylist() == ids
     shape = json.loads(table.schema.metadata[b"shape"])
     assert shape == [3, 10, 16]
-    vectors = np.stack(table.to_pandas()["embedding"]).reshape(-1, *shape)
+    frame = table.to_pandas()  # pandas sees the columns, not the schema's metadata.
+    vectors = np.stack([row.embedding.reshape(row.shape) for row in frame.itertuples()])
     assert np.array_equal(vectors, stacked.numpy())
 
 
@@ -65,6 +67,12 @@ def test_safetensors(store: EmbeddingStore, tmp_path: Path) -> None:
     ids, stacked = store.stack("query_embeddings")
     assert tensors["image_ids"].tolist() == ids
     assert torch.equal(tensors["query_embeddings"], stacked)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["source"] == str(store.folder)
+    assert json.loads(metadata["model"]) == {"weights": "random", "sha256": "0" * 64}
+    assert json.loads(metadata["shape"]) == [10, 16]
+    assert metadata["image_ids"] == "the image id of each row"
 
 
 def test_coco_results_are_what_pycocotools_reads(store: EmbeddingStore, tmp_path: Path) -> None:
@@ -125,7 +133,12 @@ def test_the_command(store: EmbeddingStore, tmp_path: Path, capsys: pytest.Captu
     assert main(["export", str(store.folder), *options]) == 0
     assert capsys.readouterr().out == f"wrote {output}\nwrote {tmp_path / 'pooled.ids.npy'}\n"
     assert np.load(output).shape == (4, 512)
-    assert main(["export", str(store.folder), "--key", "nothing", "--output", str(output)]) == 1
+    assert main(["export", str(store.folder), *options]) == 1
+    assert "pooled.npy is there already" in capsys.readouterr().err
+    assert main(["export", str(store.folder), *options, "--overwrite"]) == 0
+    assert main(["export", str(store.folder), "--key", "query_embedings", "--output", str(tmp_path / "b.npy")]) == 1
+    assert "Did you mean 'query_embeddings'?" in capsys.readouterr().err
+    assert main(["export", str(store.folder), "--key", "nothing", "--output", str(tmp_path / "b.npy")]) == 1
     assert "holds no 'nothing'" in capsys.readouterr().err
-    assert main(["export", str(tmp_path), "--output", str(output)]) == 1
+    assert main(["export", str(tmp_path), "--output", str(tmp_path / "b.npy")]) == 1
     assert "metadata.json" in capsys.readouterr().err
