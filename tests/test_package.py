@@ -33,6 +33,7 @@ ORDER = (
     "progress",
     "job",
     "api",
+    "query",
     "command",
 )
 """The rooms: each imports only those that stand before it, and itself without a circle."""

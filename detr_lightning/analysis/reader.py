@@ -64,6 +64,7 @@ class ObjectReader:
         store.require(*([key] if key else []))
         self.store, self.threshold, self.key, self.layer, self.iou = store, threshold, key, layer, iou
         self.ids = [store.entry(image_id).image_id for image_id in (store if image_ids is None else image_ids)]
+        self.annotation_file = annotation_file
         self.ground_truth: GroundTruth | None = None
         if annotation_file is not None:
             self.ground_truth = read_ground_truth(annotation_file, store)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from detr_lightning.analysis.reader import ObjectReader
 from detr_lightning.errors import MissingPackageError
 from detr_lightning.format.files import replacing
+from detr_lightning.format.names import METADATA
 from detr_lightning.store.export import output_path
 from detr_lightning.store.store import EmbeddingStore
 
@@ -117,6 +119,15 @@ def write(table: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def fingerprint(path: Path) -> str:
+    """Return the sha256 of a Parquet file's footer, which records the places, sizes and extremes of all columns."""
+    with open(path, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - length, os.SEEK_END)
+        return hashlib.sha256(file.read(length)).hexdigest()
+
+
 def _schema(reader: ObjectReader) -> pa.Schema:
     types = dict.fromkeys(reader.columns, pa.float64())
     types |= dict.fromkeys(("image_id", "query", "category_id", "annotated_category_id"), pa.int64())
@@ -126,15 +137,23 @@ def _schema(reader: ObjectReader) -> pa.Schema:
         types["annotation_id"] = pa.string() if reader.ground_truth.text_ids else pa.int64()
     if reader.key:
         types["embedding"] = _vector(reader.no_rows["embedding"].shape[1])
-    metadata = reader.store.metadata
-    source = {
-        "folder": reader.store.location,
-        "model_sha256": metadata.get("model", {}).get("sha256"),
-        "key": reader.key,
-        "layer": reader.layer,
-        "threshold": reader.threshold,
+    source = json.dumps(describe(reader.store, reader))
+    return pa.schema([(name, types[name]) for name in reader.columns], {SOURCE: source})
+
+
+def describe(store: EmbeddingStore, reader: ObjectReader | None = None) -> dict[str, Any]:
+    """Return where a table's objects come from, as its file records it: the store, and how its objects were read."""
+    source: dict[str, Any] = {
+        "folder": store.location,
+        "model_sha256": store.metadata.get("model", {}).get("sha256"),
+        "images": len(store),
+        "written": None if store.folder is None else (store.folder / METADATA).stat().st_mtime_ns,
     }
-    return pa.schema([(name, types[name]) for name in reader.columns], {SOURCE: json.dumps(source)})
+    if reader is not None:
+        annotations = reader.annotation_file and Path(reader.annotation_file).expanduser().resolve()
+        source |= {"key": reader.key, "layer": reader.layer, "threshold": reader.threshold, "iou": reader.iou}
+        source["annotations"] = [str(annotations), annotations.stat().st_mtime_ns] if annotations else None
+    return source
 
 
 def _vector(width: int) -> pa.DataType:

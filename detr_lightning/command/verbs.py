@@ -48,6 +48,7 @@ VERBS = {
     "convert": Verb("turn a folder of files into one Lance table, or a table into files", "out out_table"),
     "objects": Verb("write a table with one row per detected object", "out --output objects.parquet"),
     "evaluate": Verb("compute COCO's AP from a folder of embeddings", "out --annotations FILE.json"),
+    "search": Verb("find the objects most like those of an image", "out --image photo.jpg --sheet found.png"),
 }
 """All verbs, in the order of the help. `detr_lightning.command.VERB` is the module of each."""
 

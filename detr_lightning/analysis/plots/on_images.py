@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from detr_lightning.analysis.pictures import open_picture
 from detr_lightning.analysis.plots.style import INK, Figure, color_of, ink_on
 from detr_lightning.analysis.vectors import embeddings_of, unit
 from detr_lightning.store.store import EmbeddingStore
@@ -163,15 +164,54 @@ def neighbours(
             )
         for axes, position in zip(panels[line], [start, *nearest], strict=False):
             row = table.iloc[position]
-            _tile(axes, _picture(store, row["image_id"], image_dir), row)
             first = position == start
             text = row["category"] if first else f"{row['category']} {similarity[position]:.2f}"
-            axes.set_title(text, fontsize=9, color=INK, fontweight="bold" if first else "normal")
-            for spine in axes.spines.values():
-                spine.set(color=INK if first else "#bbbbbb", linewidth=3 if first else 0.8)
+            _result(axes, _picture(store, row["image_id"], image_dir), row, text, first)
         for axes in panels[line][len(nearest) + 1 :]:
             axes.set_axis_off()
     return figure
+
+
+def search_results(
+    store: EmbeddingStore,
+    queries: pd.DataFrame,
+    found: pd.DataFrame,
+    picture: np.ndarray,
+    image_dir: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw a contact sheet: each object that was searched with and, right of it, what was found, with cosines.
+
+    Args:
+        store: Where the images of the found objects are known.
+        queries: The objects of one image, such as `query_objects` returns them.
+        found: What `ObjectSearch.search` returned for their embeddings.
+        picture: `[H, W, 3]`, the image of the queries.
+        image_dir: Where the images of the store are now; by default where they were when they were extracted.
+
+    Raises:
+        FileNotFoundError: An image is not there.
+    """
+    columns = int(found["rank"].max()) if len(found) else 0
+    figure = Figure(figsize=(1.55 * (columns + 1), 1.85 * len(queries)), layout="constrained")
+    panels = figure.subplots(len(queries), columns + 1, squeeze=False)
+    for line, (_, query) in zip(panels, queries.iterrows(), strict=True):
+        _result(line[0], picture, query, f"{query['category']} {query['score']:.2f}", first=True)
+    for _, row in found.iterrows():
+        title = f"{row['category']} {row['similarity']:.2f}"
+        axes = panels[row["search"], row["rank"]]
+        _result(axes, _picture(store, row["image_id"], image_dir), row, title, first=False)
+    for axes in panels.flat:
+        if not axes.images:
+            axes.set_axis_off()
+    return figure
+
+
+def _result(axes: Axes, picture: np.ndarray, row: Any, title: str, first: bool) -> None:
+    """Show an object as one of a line: the first, which the others are similar to, stands out."""
+    _tile(axes, picture, row)
+    axes.set_title(title, fontsize=9, color=INK, fontweight="bold" if first else "normal")
+    for spine in axes.spines.values():
+        spine.set(color=INK if first else "#bbbbbb", linewidth=3 if first else 0.8)
 
 
 def _objects(store: EmbeddingStore, image_id: int, threshold: float) -> pd.DataFrame:
@@ -191,10 +231,7 @@ def _objects(store: EmbeddingStore, image_id: int, threshold: float) -> pd.DataF
 
 
 def _picture(store: EmbeddingStore, image_id: int, image_dir: str | os.PathLike[str] | None) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(store.image_path(int(image_id), image_dir)) as image:
-        return np.asarray(image.convert("RGB"))
+    return np.asarray(open_picture(store, image_id, image_dir))
 
 
 def _tile(axes: Axes, picture: np.ndarray, row: Any) -> None:

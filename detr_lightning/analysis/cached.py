@@ -1,0 +1,62 @@
+"""The table of a store's objects that `search` and `explore` share, written once beside the store."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from detr_lightning.analysis.reader import ObjectReader
+from detr_lightning.analysis.tables import SOURCE, describe, parquet, stream
+from detr_lightning.errors import InputError, SettingError
+from detr_lightning.store.store import EmbeddingStore
+
+
+def objects_table(
+    store: EmbeddingStore,
+    threshold: float = 0.7,
+    annotation_file: str | os.PathLike[str] | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Return the table of a store's objects, which is written where it is missing or of other settings.
+
+    Args:
+        store: The extraction.
+        threshold: As for `objects`.
+        annotation_file: As for `objects`.
+        path: The table's file; by default the store's folder with the ending `.objects.parquet`. A file that is given
+            is used as it is, if it is of this store.
+
+    Raises:
+        InputError: The file that was given is of another extraction.
+        SettingError: The store is no folder, and no file is given.
+    """
+    if path is not None and Path(path).expanduser().exists():
+        path = Path(path).expanduser()
+        recorded = _source(path)
+        for name in ("folder", "model_sha256"):
+            if recorded.get(name) != describe(store)[name]:
+                raise InputError(
+                    f"{path} is of another extraction: its {name} is {recorded.get(name)}, that of {store.name} is "
+                    f"{describe(store)[name]}. `detr-lightning objects` writes one of this."
+                )
+        return path
+    if path is None:
+        if store.folder is None:
+            raise SettingError(f"{store.name} is no folder. Name the file of its table of objects.")
+        folder = store.folder.resolve()
+        path = folder.with_name(f"{folder.name}.objects.parquet")
+    reader = ObjectReader(store, threshold, annotation_file=annotation_file)
+    path = Path(path).expanduser()
+    if not path.exists() or _source(path) != describe(store, reader):
+        stream(reader, path)
+    return path
+
+
+def _source(path: Path) -> dict[str, object]:
+    try:
+        metadata = parquet.read_schema(path).metadata or {}
+    except Exception as error:  # Arrow has several types for what it cannot read.
+        raise InputError(f"{path} is not a Parquet file ({error}). Remove it, or name another one.") from error
+    content: dict[str, object] = json.loads(metadata.get(SOURCE, b"{}"))
+    return content

@@ -1,0 +1,34 @@
+"""The images of a store, and the parts of them that show an object."""
+
+from __future__ import annotations
+
+import os
+
+from PIL import Image
+
+from detr_lightning.store.store import EmbeddingStore
+
+
+def open_picture(store: EmbeddingStore, image_id: int, image_dir: str | os.PathLike[str] | None = None) -> Image.Image:
+    """Return an image in RGB, as the boxes of the store mean it.
+
+    Raises:
+        FileNotFoundError: The image is not there.
+    """
+    with Image.open(store.image_path(int(image_id), image_dir)) as image:
+        return image.convert("RGB")
+
+
+def square_around(picture: Image.Image, x1: float, y1: float, x2: float, y2: float) -> Image.Image:
+    """Return the square around a box, moved into the image as long as it fits; grey where it does not."""
+    half = max(0.6 * max(x2 - x1, y2 - y1), 4)
+    width, height = picture.size
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    x = min(max(x, half), width - half) if 2 * half <= width else width / 2
+    y = min(max(y, half), height - half) if 2 * half <= height else height / 2
+    side = max(round(2 * half), 1)
+    left, top = round(x - half), round(y - half)
+    square = Image.new("RGB", (side, side), "#e8e8e8")
+    visible = (max(left, 0), max(top, 0), min(left + side, width), min(top + side, height))
+    square.paste(picture.crop(visible), (visible[0] - left, visible[1] - top))
+    return square

@@ -1,0 +1,97 @@
+"""`detr-lightning search`: find the objects of a folder of embeddings that are most like those of an image."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from detr_lightning.errors import SettingError
+from detr_lightning.store.store import EmbeddingStore
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the folder, the image, which of its objects to search with, and where the results go."""
+    parser.add_argument("folder", help="the output folder of an extraction with query_embeddings")
+    parser.add_argument("--image", required=True, metavar="FILE", help="the image to search with")
+    parser.add_argument(
+        "--box", type=_numbers, metavar="X,Y,W,H", help="search with the detection that overlaps this box most"
+    )
+    parser.add_argument("--crop", type=_numbers, metavar="X,Y,W,H", help="cut this out of the image first")
+    parser.add_argument(
+        "--threshold", type=float, default=0.7, help="the lowest score of an object, on both sides; default: 0.7"
+    )
+    parser.add_argument("-k", type=int, default=10, help="results for each object; default: 10")
+    parser.add_argument("--weights", metavar="FILE", help="the model's weights, where they have moved")
+    parser.add_argument("--table", metavar="FILE.parquet", help="the table of objects; default: FOLDER.objects.parquet")
+    parser.add_argument("--exact", action="store_true", help="compare with every object, also of 100,000 and more")
+    parser.add_argument("--sheet", metavar="FILE.png", help="draw the results as a contact sheet")
+    parser.add_argument("--image_dir", metavar="DIR", help="sheet: the folder's images, where they have moved")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the results, and draw them if asked to."""
+    import numpy as np
+
+    from detr_lightning.analysis.cached import objects_table
+    from detr_lightning.analysis.search import ObjectSearch
+
+    store = EmbeddingStore(options.folder)
+    sheet = _sheet(options.sheet)
+    table = objects_table(store, options.threshold, path=options.table)
+    search = ObjectSearch(table, exact=options.exact or None)
+    from detr_lightning.query import query_objects  # This takes seconds.
+
+    queries = query_objects(
+        store,
+        options.image,
+        box=options.box,
+        crop=options.crop,
+        threshold=options.threshold,
+        weights=options.weights,
+    )
+    found = search.search(np.stack(list(queries["embedding"])), options.k)
+    out = Console(soft_wrap=True, highlight=False)
+    for number, query in enumerate(queries.itertuples()):
+        out.print(f"{query.category} {query.score:.2f} at {_box(query)}", markup=False)
+        for row in found[found["search"] == number].itertuples():
+            line = (
+                f"  {row.rank:>3}  {row.similarity:.3f}  {row.file_name}  {row.category} {row.score:.2f} at {_box(row)}"
+            )
+            out.print(line, markup=False)
+    if found.empty:
+        out.print(f"{table} has no objects to compare with. Lower --threshold.", markup=False)
+    if sheet is not None:
+        _draw(store, options, queries, found, sheet)
+        out.print(f"wrote {sheet}", markup=False)
+    return 0
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _box(row: object) -> str:
+    return ",".join(f"{number:.0f}" for number in row.bbox)  # type: ignore[attr-defined]
+
+
+def _sheet(name: str | None) -> Path | None:
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    if path.suffix not in (".png", ".jpg", ".pdf", ".svg"):
+        raise SettingError(f"--sheet is {name}; a contact sheet ends in .png, .jpg, .pdf or .svg.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _draw(store: EmbeddingStore, options: argparse.Namespace, queries: object, found: object, path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from detr_lightning.analysis.plots import search_results
+
+    with Image.open(Path(options.image).expanduser()) as image:
+        picture = np.asarray(image.convert("RGB"))
+    search_results(store, queries, found, picture, options.image_dir).savefig(path, dpi=150)  # type: ignore[arg-type]

@@ -1,0 +1,156 @@
+"""The objects of one more image, found by the model of an extraction with its settings."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from detr_lightning.analysis.overlap import overlaps
+from detr_lightning.errors import DETRLightningError, InputError, SettingError
+from detr_lightning.store.predictions import Predictions
+from detr_lightning.store.store import EmbeddingStore
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def query_objects(
+    store: EmbeddingStore,
+    image: str | os.PathLike[str] | Image.Image,
+    *,
+    box: Sequence[float] | None = None,
+    crop: Sequence[float] | None = None,
+    threshold: float = 0.7,
+    key: str = "query_embeddings",
+    layer: int = -1,
+    weights: str | os.PathLike[str] | None = None,
+) -> pd.DataFrame:
+    """Return the objects of an image, to search the objects of a store with.
+
+    The image goes through the model of the store, with the store's size of images and precision.
+
+    Args:
+        store: The extraction.
+        image: A file, or a PIL image.
+        box: `[x, y, width, height]` in pixels: only the detection that overlaps this most, whatever its score.
+        crop: `[x, y, width, height]` in pixels: the part of the image that the model sees.
+        threshold: The lowest score, without `box`.
+        key: As for `objects`.
+        layer: As for `objects`.
+        weights: Where the model's weights are now; by default where they were at the extraction.
+
+    Returns:
+        A table as `objects` returns it. Boxes are in pixels of the whole image.
+
+    Raises:
+        FileNotFoundError: The image or the weights are not there.
+        InputError: The weights are others than the extraction's, or nothing was found.
+        SettingError: The box or crop lies outside the image.
+    """
+    from detr_lightning.analysis.objects import frame_of
+    from detr_lightning.analysis.reader import ObjectReader
+
+    picture, name = _picture(image)
+    x, y = 0, 0
+    if crop is not None:
+        x, y, width, height = _inside(crop, picture, "crop")
+        picture = picture.crop((x, y, x + width, y + height))
+    with tempfile.TemporaryDirectory() as folder:
+        extracted = _extract(store, picture, [key, "pred_logits", "pred_boxes"], weights, folder)
+        reader = ObjectReader(extracted, threshold if box is None else 0.0, key=key, layer=layer)
+        table = frame_of(reader, progress=False)
+    if table.empty:
+        raise InputError(f"{name}: no object scores {threshold} or more; the best scores {reader.best:.3f}.")
+    names = Predictions(store).names
+    table["category"] = [names.get(number, str(number)) for number in table["category_id"]]
+    table["file_name"] = name
+    table[["x1", "x2"]] += x
+    table[["y1", "y2"]] += y
+    table["bbox"] = [[left + x, top + y, *size] for left, top, *size in table["bbox"]]
+    if box is None:
+        return table
+    left, top, width, height = _inside(box, _picture(image)[0], "box")
+    wanted = np.array([[left, top, left + width, top + height]], float)
+    shared = overlaps(table[["x1", "y1", "x2", "y2"]].to_numpy(float), wanted)[:, 0]
+    if not shared.max():
+        raise InputError(f"{name}: no detection overlaps the box {list(box)}.")
+    return table.iloc[[int(shared.argmax())]].reset_index(drop=True)
+
+
+def _picture(image: str | os.PathLike[str] | Image.Image) -> tuple[Image.Image, str]:
+    if isinstance(image, Image.Image):
+        return image, "image"
+    path = Path(image).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist. Give an image to search with.")
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return opened, str(path)
+    except OSError as error:
+        raise InputError(f"{path} is not an image that can be read ({error}).") from error
+
+
+def _inside(box: Sequence[float], picture: Image.Image, name: str) -> tuple[int, int, int, int]:
+    """Check a box `[x, y, width, height]`, and return it in whole pixels."""
+    if len(box) != 4 or not np.isfinite(box).all():
+        raise SettingError(f"{name} is {list(box)}; give x, y, width and height in pixels.")
+    x, y, width, height = (round(number) for number in box)
+    if width < 1 or height < 1 or x < 0 or y < 0 or x + width > picture.width or y + height > picture.height:
+        raise SettingError(
+            f"{name} is {list(box)} (x, y, width, height), which does not lie in the image of "
+            f"{picture.width}x{picture.height} pixels."
+        )
+    return x, y, width, height
+
+
+def _extract(
+    store: EmbeddingStore,
+    picture: Image.Image,
+    keys: list[str],
+    weights: str | os.PathLike[str] | None,
+    folder: str,
+) -> EmbeddingStore:
+    """Run the store's model on an image, and return the extraction in a folder."""
+    from detr_lightning.api import extract
+    from detr_lightning.model.checkpoints import load
+
+    config: dict[str, Any] = store.metadata.get("config", {})
+    settings = {name: config.get("model", {}).get(name) for name in ("nheads", "dilation", "ema")}
+    recorded = store.metadata.get("model", {})
+    place = os.fspath(weights or config.get("model", {}).get("weights") or recorded.get("weights") or "")
+    expected = str(recorded.get("sha256"))
+    advice = (
+        f"{store.name} was extracted with weights of the sha256 {expected[:8]}. Give --weights, the file with them."
+    )
+    try:
+        checkpoint = load(place, **settings)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} {advice}") from error
+    except DETRLightningError as error:  # Other heads, for example.
+        raise InputError(f"{place} holds other weights ({error}). {advice}") from error
+    if checkpoint.sha256 != expected:
+        raise InputError(f"{place} holds other weights, of the sha256 {checkpoint.sha256[:8]}. {advice}")
+    preprocessing = store.metadata.get("preprocessing", {})
+    data = {name: preprocessing[name] for name in ("short_side", "long_side", "image_backend") if name in preprocessing}
+    precision = str(store.metadata.get("precision", "32-true"))
+    if precision.endswith(", TF32"):
+        settings["tf32"] = True
+        precision = precision.removesuffix(", TF32")
+    extract(
+        [picture],
+        weights=place,
+        keys=keys,
+        output_dir=folder,
+        precision=precision,
+        progress=False,
+        model=settings,
+        **data,
+    )
+    return EmbeddingStore(folder)

@@ -1,0 +1,141 @@
+"""Searching with one more image: `query_objects` and `detr-lightning search`, with the demo's trained model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detr_lightning.analysis.objects import objects
+from detr_lightning.command.main import main
+from detr_lightning.query import query_objects
+from detr_lightning.shipped import DEMO
+from detr_lightning.store import EmbeddingStore
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    """The demo's first eight images, extracted from a copy of the weights that a test may move."""
+    from detr_lightning import extract
+
+    folder = tmp_path_factory.mktemp("query")
+    shutil.copy(DEMO / "detr_demo.pth", folder / "weights.pth")
+    extract(
+        DEMO / "images",
+        weights=folder / "weights.pth",
+        output_dir=folder / "out",
+        keys=["query_embeddings", "pred_logits", "pred_boxes"],
+        short_side=128,
+        long_side=213,
+        limit=8,
+        progress=False,
+        model={"nheads": 8, "dilation": False},
+    )
+    return EmbeddingStore(folder / "out")
+
+
+def image_of(store: EmbeddingStore, image_id: int) -> Path:
+    return DEMO / "images" / store.entry(image_id).file_name
+
+
+def test_an_image_of_the_store_gives_the_objects_of_the_store(store: EmbeddingStore) -> None:
+    image_id = store.image_ids[2]
+    own = objects(store, 0.7, image_ids=[image_id])
+    found = query_objects(store, image_of(store, image_id))
+    assert found["query"].tolist() == own["query"].tolist()
+    assert found.category.tolist() == own.category.tolist()
+    assert np.array_equal(np.stack(found.embedding), np.stack(own.embedding))  # Bit for bit: the same computation.
+    # A box chooses the detection that lies there.
+    row = own.iloc[-1]
+    chosen = query_objects(store, image_of(store, image_id), box=[round(number) for number in row.bbox])
+    assert chosen["query"].tolist() == [row["query"]]
+
+
+def test_a_crop_is_what_the_model_sees(store: EmbeddingStore) -> None:
+    path = image_of(store, store.image_ids[0])
+    with Image.open(path) as image:
+        width, height = image.size
+        part = image.crop((10, 20, width, height))
+    whole = query_objects(store, path, crop=[10, 20, width - 10, height - 20], threshold=0.3)
+    alone = query_objects(store, part, threshold=0.3)
+    assert np.array_equal(np.stack(whole.embedding), np.stack(alone.embedding))
+    assert (whole.x1 - alone.x1).tolist() == pytest.approx([10] * len(alone))
+    assert np.stack(whole.bbox)[:, 1] == pytest.approx(np.stack(alone.bbox)[:, 1] + 20)
+
+
+def test_what_cannot_be_asked(store: EmbeddingStore, tmp_path: Path) -> None:
+    path = image_of(store, store.image_ids[0])
+    with pytest.raises(ValueError, match=r"crop is \[0, 0, 9999, 10\].* does not lie in the image of \d+x\d+ pixels"):
+        query_objects(store, path, crop=[0, 0, 9999, 10])
+    with pytest.raises(ValueError, match="give x, y, width and height"):
+        query_objects(store, path, box=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"no object scores 1\.0 or more; the best scores 0"):
+        query_objects(store, path, threshold=1.0)
+    with pytest.raises(FileNotFoundError, match="Give an image"):
+        query_objects(store, tmp_path / "none.jpg")
+    (tmp_path / "text.jpg").write_text("text")
+    with pytest.raises(ValueError, match="is not an image"):
+        query_objects(store, tmp_path / "text.jpg")
+
+
+def test_the_weights_are_those_of_the_extraction(store: EmbeddingStore, tmp_path: Path, tiny_weights: Path) -> None:
+    path = image_of(store, store.image_ids[0])
+    with pytest.raises(ValueError, match=r"tiny\.pth holds other weights.* Give --weights"):
+        query_objects(store, path, weights=tiny_weights)
+    weights = store.folder.parent / "weights.pth"  # type: ignore[union-attr]
+    weights.rename(tmp_path / "moved.pth")
+    try:
+        with pytest.raises(FileNotFoundError, match="Give --weights"):
+            query_objects(store, path)
+        assert len(query_objects(store, path, weights=tmp_path / "moved.pth"))
+    finally:
+        (tmp_path / "moved.pth").rename(weights)
+
+
+def test_the_command(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> None:
+    image_id = store.image_ids[1]
+    own = objects(store, 0.7, image_ids=[image_id])
+    argv = ["search", str(store.folder), "--image", str(image_of(store, image_id)), "-k", "3"]
+    assert main([*argv, "--sheet", str(tmp_path / "new" / "sheet.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"wrote {tmp_path / 'new' / 'sheet.png'}"
+    heads = [line for line in lines[:-1] if not line.startswith("  ")]
+    assert [head.split()[0] for head in heads] == own.category.tolist()
+    firsts = [line.split() for line in lines if line.startswith("    1 ")]
+    # The nearest of each object is the object itself, by the store's name of its image.
+    assert [first[1:3] for first in firsts] == [["1.000", store.entry(image_id).file_name]] * len(own)
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        assert np.asarray(sheet.convert("RGB")).std() > 5
+    # The table stays, beside the folder, and serves the next search.
+    table = store.folder.with_name("out.objects.parquet")  # type: ignore[union-attr]
+    made = table.stat().st_mtime_ns
+    box = ",".join(str(round(number)) for number in own.bbox[0])
+    assert main([*argv, "--box", box]) == 0
+    assert table.stat().st_mtime_ns == made
+    assert sum(not line.startswith("  ") for line in capsys.readouterr().out.splitlines()) == 1
+    assert main([*argv, "--threshold", "0.8"]) == 0  # Other objects: the table is written again.
+    assert table.stat().st_mtime_ns != made
+
+
+def test_a_table_of_another_extraction(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> None:
+    table = tmp_path / "objects.parquet"
+    other = tmp_path / "other"
+    shutil.copytree(store.folder, other)  # type: ignore[arg-type]
+    assert main(["objects", str(other), "--output", str(table)]) == 0
+    argv = ["search", str(store.folder), "--image", "x.jpg", "--table", str(table)]
+    assert main(argv) == 1
+    assert "is of another extraction: its folder is" in capsys.readouterr().err
+    assert main([*argv[:-1], str(tmp_path / "mine.parquet"), "--sheet", "x.txt"]) == 1
+    assert "a contact sheet ends in" in capsys.readouterr().err
+
+
+def test_without_a_device_line_nothing_else_is_printed(store: EmbeddingStore, capsys: Capture) -> None:
+    query_objects(store, image_of(store, store.image_ids[0]))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
