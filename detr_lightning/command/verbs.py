@@ -49,6 +49,7 @@ VERBS = {
     "objects": Verb("write a table with one row per detected object", "out --output objects.parquet"),
     "evaluate": Verb("compute COCO's AP from a folder of embeddings", "out --annotations FILE.json"),
     "search": Verb("find the objects most like those of an image", "out --image photo.jpg --sheet found.png"),
+    "explore": Verb("look at the objects in a browser", "out --annotations FILE.json"),
 }
 """All verbs, in the order of the help. `detr_lightning.command.VERB` is the module of each."""
 

@@ -81,7 +81,7 @@ def count_categories(store: EmbeddingStore, threshold: float = 0.7, limit: int =
     Raises:
         SettingError: The folder lacks a key.
     """
-    predictions = Predictions(store)
+    predictions = Predictions(store, threshold)
     scores: dict[int, list[float]] = {}
     ids = store.image_ids
     chosen = min(limit, len(ids))
