@@ -10,12 +10,14 @@ import ctypes
 import functools
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -61,6 +63,28 @@ def restore_settings() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = convolutions
         Image.MAX_IMAGE_PIXELS = max_pixels
+
+
+BFLOAT16 = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}
+"""Processor flags, as Linux names them, any of which stands for instructions for bfloat16."""
+
+
+def has_instructions(precision: str, device: str, cpuinfo: str | None = None) -> bool:
+    """Return whether a precision runs at the processor's speed. bfloat16 without instructions is ten times slower.
+
+    Args:
+        precision: Lightning's, such as `bf16-mixed`.
+        device: The type of the device, such as `cpu`.
+        cpuinfo: The processor's description in the format of Linux; by default this one's. Where there is none, as on
+            other systems, the instructions are taken to be there.
+    """
+    if device != "cpu" or "bf16" not in precision:
+        return True
+    if cpuinfo is None:
+        with contextlib.suppress(OSError):
+            cpuinfo = Path("/proc/cpuinfo").read_text()
+    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo or "", flags=re.MULTILINE)
+    return not lines or any(flag in BFLOAT16 for flag in lines[0].split())
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -17,7 +17,7 @@ from ran import RunCLI
 from detr_lightning.batch import to_stored
 from detr_lightning.data.loading import ImageBatches
 from detr_lightning.data.records import ImageRecord
-from detr_lightning.system import SideThreads
+from detr_lightning.system import SideThreads, has_instructions
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo" / "detr_demo.pth"
 FAULTS = """
@@ -91,3 +91,20 @@ def test_images_of_a_batch_are_read_side_by_side() -> None:
     records = [ImageRecord(number, f"{number}.jpg", 6, 4) for number in (1, 2)]
     (batch,) = ImageBatches([records], read, lambda size: size, padded=False)
     assert [int(pixels[0, 0, 0]) for pixels in batch["pixels"]] == batch["image_id"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "there"),
+    [
+        ("model name : EPYC\nflags\t\t: fpu sse avx avx2 f16c\n", False),
+        ("flags\t\t: avx512f avx512_bf16\n", True),
+        ("flags\t\t: avx2 amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd i8mm bf16\n", True),
+        ("Features\t: fp asimd\n", False),
+        ("", True),
+    ],
+)
+def test_instructions_for_bfloat16(cpuinfo: str, there: bool) -> None:
+    assert has_instructions("bf16-mixed", "cpu", cpuinfo) == has_instructions("bf16-true", "cpu", cpuinfo) == there
+    assert has_instructions("32-true", "cpu", cpuinfo)
+    assert has_instructions("bf16-mixed", "cuda", cpuinfo)

@@ -21,7 +21,7 @@ from detr_lightning.model.family import MODEL_TYPES, FamilyDetector
 from detr_lightning.model.labels import coco_ids, coco_names, names_of_config
 from detr_lightning.model.weight_files import first_line, sha256_of
 
-MIN_TRANSFORMERS = "5.24"
+MIN_TRANSFORMERS = "5.9"
 """The lowest release that has all of `MODEL_TYPES`."""
 
 INSTALL = "pip install 'detr-lightning[family]'"

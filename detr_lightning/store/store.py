@@ -319,33 +319,37 @@ class EmbeddingStore:
             image_ids = [image_id for image_id in self if image_id in targets]
         return EmbeddingDataset(self._tensors, self._chosen(key, image_ids, pool), key, pool, targets)
 
-    def feature_map(self, image_id: SupportsIndex, key: str = "encoder_output") -> Tensor:
+    def feature_map(self, image_id: SupportsIndex, key: str = "encoder_output", level: int = 0) -> Tensor:
         """Return a tensor with its places folded back to a map of the image.
 
         Args:
             image_id: One of `image_ids`.
             key: `encoder_output` becomes `[d, H, W]`, `encoder_layers` `[L, d, H, W]`, `cross_attention`
-                `[L, Q, H, W]`; `backbone_features` are a map already.
+                `[L, Q, H, W]`; `backbone_features` are a map already, of the backbone's last level.
+            level: Which feature map, where the model has several: 0 is the first, with most models the finest.
 
         Raises:
-            KeyError: The store holds no such image.
-            ValueError: The files hold no such key, or it has no places.
+            UnknownImageError: The store holds no such image.
+            SettingError: The files hold no such key, it has no places, or there is no such level.
         """
         check_choice("key", key, ("encoder_output", "encoder_layers", "cross_attention", "backbone_features"))
         tensor = self.load(image_id, key)
         if key == "backbone_features":
             return tensor
-        height, width = self._feature_size(image_id)
+        levels = self._levels(image_id)
+        if not 0 <= level < len(levels):
+            raise SettingError(f"level is {level}; image {image_id} has levels 0 to {len(levels) - 1}.")
         if key != "cross_attention":
             tensor = tensor.transpose(-1, -2)  # [..., d, H*W]
-        return tensor.reshape(*tensor.shape[:-1], height, width)
+        height, width = levels[level]
+        places: Tensor = tensor.split([h * w for h, w in levels], dim=-1)[level]
+        return places.reshape(*places.shape[:-1], height, width)
 
-    def _feature_size(self, image_id: SupportsIndex) -> Size:
+    def _levels(self, image_id: SupportsIndex) -> tuple[Size, ...]:
         features = self.entry(image_id).features
         if features is None:
             raise InputError(f"{self.name}/{METADATA} has no feature_size for image {image_id}.")
-        (size,) = features.levels
-        return size
+        return features.levels
 
     def _chosen(self, key: str, image_ids: Iterable[int] | None, pool: str | None) -> list[int]:
         """Check what `stack` and `dataset` were asked for and return the ids."""
