@@ -8,13 +8,14 @@ import pytest
 from ran import RunCLI
 
 from detr_lightning import shipped
+from detr_lightning.command.words import checked_words
 from detr_lightning.errors import SettingError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_parses_against_the_signatures(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parses_against_the_signatures(path: Path) -> None:
     from detr_lightning.command.cli import DETRCLI
 
     class Parsed(DETRCLI):
@@ -23,9 +24,9 @@ def test_parses_against_the_signatures(path: Path, monkeypatch: pytest.MonkeyPat
         def before_instantiate_classes(self) -> None:
             raise EOFError
 
-    monkeypatch.setattr("sys.argv", ["cli.py", "predict", "--config", str(path)])
-    with pytest.raises(EOFError):
-        Parsed()
+    for verb in ("predict", "validate"):
+        with pytest.raises(EOFError):
+            Parsed(verb, checked_words(verb, ["--config", str(path)]))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""The command line: `detr-lightning predict` and `detr-lightning validate`."""
+"""`detr-lightning predict` and `detr-lightning validate`, through LightningCLI."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from torch.distributed import DistError
 
-from detr_lightning import __version__, shipped
+from detr_lightning import shipped
 from detr_lightning.command import reports
-from detr_lightning.command.parser import LINKS, CommandError, CommandParser, with_config_files
+from detr_lightning.command.parser import CommandError, CommandParser
+from detr_lightning.command.settings import LINKS
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.data.decode import image_folder
 from detr_lightning.errors import DETRLightningError, DETRLightningWarning, count
@@ -54,18 +55,15 @@ FAILURES = {
 class DETRCLI(LightningCLI):
     """LightningCLI with the two subcommands that extraction has."""
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    def __init__(self, verb: str, words: Sequence[str]) -> None:
         self.console = Console(stderr=True, markup=False)
         self.summary: dict[str, float] = {}
+        self.verb = verb
         super().__init__(
             DETRExtractor,
             COCODataModule,
-            args=None if args is None else list(args),
+            args=[verb, *words],
             parser_class=CommandParser,
-            parser_kwargs={
-                "description": "Extract what DETR has learned: its embeddings, for COCO or any folder of images.",
-                "version": __version__,
-            },
             save_config_callback=None,
             seed_everything_default=False,
             auto_configure_optimizers=False,
@@ -77,34 +75,32 @@ class DETRCLI(LightningCLI):
             },
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the subcommands, and the Trainer's arguments that they do not offer."""
-        offered = {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only"}
-        return {"predict": offered | {"return_predictions"}, "validate": offered | {"verbose"}}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # which builds no parser for nothing
+        """Return the verb, and the Trainer's arguments that it does not offer."""
+        not_offered = {
+            "model",
+            "dataloaders",
+            "datamodule",
+            "ckpt_path",
+            "weights_only",
+            "return_predictions",
+            "verbose",
+        }
+        return {self.verb: not_offered}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what is no setting of the model, the data or the Trainer."""
+        """Add the settings that are not the model's, the data's or the Trainer's."""
         parser.add_lightning_class_args(EmbeddingWriter, "writer")
-        parser.add_argument(
-            "--extract_type", type=str, default="decoder", help="What to keep: all, decoder, encoder or backbone."
-        )
-        parser.add_argument(
-            "--output_dir", type=str, default="./embeddings_output", help="Where to; created if missing."
-        )
-        parser.add_argument("--dry_run", action="store_true", help="Say what would be done, and stop.")
+        parser.add_argument("--extract_type", type=str, default="decoder")
+        parser.add_argument("--output_dir", type=str, default="./embeddings_output")
+        parser.add_argument("--dry_run", action="store_true")
+        parser.add_argument("--output", type=str | None, default=None)
         for source, target in LINKS.items():
             parser.link_arguments(source, target)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line, and check the files it names first.
-
-        Raises:
-            CommandError: A file is not YAML with settings, or sets one that a top-level key would overwrite in silence.
-        """
-        for subparser in self._subcommand_parsers.values():
-            CommandParser.names |= {action.dest for action in subparser._actions}
-        self.config = parser.parse_args(with_config_files(sys.argv[1:] if args is None else args))
+        """Parse the command line, which has been checked as far as that works without Lightning."""
+        self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
         """Look for the images before the weights, which may have to be fetched.
@@ -183,10 +179,8 @@ class DETRCLI(LightningCLI):
         """Refuse what cannot be validated.
 
         Raises:
-            CommandError: There are no annotations, the precision is not to be had, or a dry run is asked for.
+            SettingError: There are no annotations, or the precision is not available.
         """
-        if self._dry_run:
-            raise CommandError("--dry_run is for predict: validate writes nothing.")
         check_trainer(self.trainer, self._trainer_settings.precision)
         if self.datamodule.annotation_file is None:
             raise CommandError("validate needs data.annotation_file: COCO annotations to compare with.")
@@ -225,11 +219,12 @@ class DETRCLI(LightningCLI):
                 self.console.print(thing, highlight=False, soft_wrap=isinstance(thing, str))
 
 
-def run(argv: Sequence[str] | None) -> int:
+def run(verb: str, words: Sequence[str]) -> int:
     """Run `predict` or `validate`.
 
     Args:
-        argv: The verb and its arguments; None for those of the process, which Lightning launches other ranks with.
+        verb: The verb.
+        words: The words after it, as `checked_words` returns them.
 
     Returns:
         The exit code: 0 for success, 1 for an error, which is printed as one message, 130 after Ctrl-C.
@@ -238,7 +233,7 @@ def run(argv: Sequence[str] | None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with quiet_lightning(), _plain_warnings(), sigterm_as_interrupt():
-            DETRCLI(argv)
+            DETRCLI(verb, words)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, 130)
     except SystemExit as end:

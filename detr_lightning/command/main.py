@@ -11,7 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from detr_lightning import __version__
+from detr_lightning.command.settings import help_of, help_of_trainer
 from detr_lightning.command.verbs import VERBS, load_verb
+from detr_lightning.command.words import checked_words
 from detr_lightning.errors import DETRLightningError, SettingError
 from detr_lightning.launch import end_with_parent, forget_stale_launchers, launched_by_rank_0
 
@@ -30,14 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _run(words, argv)
+        return _run(words)
     except KeyboardInterrupt:
         return _fail("Interrupted.", 130)
     except (DETRLightningError, OSError) as error:
         return _fail(str(error), 1)
 
 
-def _run(words: Sequence[str], argv: Sequence[str] | None) -> int:
+def _run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
         return 0 if words else 1
@@ -48,14 +50,21 @@ def _run(words: Sequence[str], argv: Sequence[str] | None) -> int:
     if name not in VERBS:
         raise SettingError(_unknown(name, rest))
     if VERBS[name].lightning:
-        return _run_lightning(argv)
+        return _run_lightning(name, rest)
     module = load_verb(name)
     parser = VerbParser(name)
     module.add_arguments(parser)
     return module.run(parser.parse_args(rest))
 
 
-def _run_lightning(argv: Sequence[str] | None) -> int:
+def _run_lightning(verb: str, words: Sequence[str]) -> int:
+    if "-h" in words or "--help" in words:
+        print(help_of(verb))
+        return 0
+    if "--help_trainer" in words:
+        print(help_of_trainer())
+        return 0
+    words = checked_words(verb, words)
     forget_stale_launchers()  # before Lightning reads the environment
     end_with_parent()
     if launched_by_rank_0():  # Rank 0 answers Ctrl-C, and would itself be killed if this rank ended first.
@@ -64,7 +73,7 @@ def _run_lightning(argv: Sequence[str] | None) -> int:
         from detr_lightning.command.cli import run  # This takes seconds.
     except KeyboardInterrupt:
         return _fail("Interrupted before anything was done.", 130)
-    return run(argv)
+    return run(verb, words)
 
 
 def overview() -> str:

@@ -31,6 +31,8 @@ class Verb(NamedTuple):
     """Its arguments in an example that works."""
     lightning: bool = False
     """Whether `command/cli.py` runs it, through LightningCLI."""
+    more: tuple[str, ...] = ()
+    """The arguments of further examples, for the verb's own help."""
 
 
 VERBS = {
@@ -38,8 +40,9 @@ VERBS = {
         "extract embeddings: one .pt file per image, and metadata.json",
         "--data.image_dir photos --output_dir out",
         lightning=True,
+        more=("--config decoder --data.download true", "--config demo --dry_run"),
     ),
-    "validate": Verb("compute COCO's AP of a model on annotated images", "--config configs/demo.yaml", lightning=True),
+    "validate": Verb("compute COCO's AP of a model on annotated images", "--config demo", lightning=True),
     "summary": Verb("show the contents of a folder of embeddings", "out"),
     "verify": Verb("read every file of a folder again and list what is wrong", "out"),
     "export": Verb(

@@ -263,20 +263,3 @@ def test_validate_refuses_what_it_cannot_compare(run_cli: RunCLI, tmp_path: Path
     assert ran.code == 1
     assert "200 (unicorn)" in ran.err
     assert "Traceback" not in ran.err
-
-
-def test_help_names_every_setting_and_only_what_extraction_has(run_cli: RunCLI, capsys: Capture) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        run_cli("predict", "--help")
-    text = capsys.readouterr().out
-    for name in (
-        "--extract_type",
-        "--output_dir",
-        "--dry_run",
-        "--model.weights",
-        "--data.image_dir",
-        "--writer.dtype",
-    ):
-        assert name in text
-    assert "ckpt_path" not in text
-    assert "return_predictions" not in text

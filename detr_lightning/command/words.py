@@ -1,0 +1,108 @@
+"""The words of a command line of `predict` or `validate`, checked before Lightning is imported."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from detr_lightning import shipped
+from detr_lightning.command.settings import GROUPS, LINKS, names, trainer_names
+from detr_lightning.errors import SettingError
+
+LIGHTNINGS = ("trainer", "seed_everything", "print_config")
+"""Top-level keys that Lightning checks."""
+
+
+def checked_words(verb: str, words: Sequence[str]) -> list[str]:
+    """Return the words after the verb as Lightning's parser takes them.
+
+    Configs come first, so that flags override them wherever they stand, and each by its path. A flag `--extract_type`
+    sets the `model.keys` of a config aside.
+
+    Raises:
+        SettingError: A setting is misspelt or in the wrong place, or a config cannot be used.
+    """
+    configs: list[str] = []
+    flags: list[str] = []
+    chosen: list[str] = []  # which of extract_type and model.keys each source sets, the later ones last
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in ("-c", "--config"):
+            source = value if equals else next(rest, None)
+            if source is None:
+                raise SettingError("--config needs the name of a config or a YAML file.")
+            path = shipped.config_file(source)
+            chosen += _check_config(verb, path)
+            configs.append(f"--config={path}")
+        else:
+            if name.startswith("--"):
+                _check_name(verb, name[2:].rstrip("+"), "", flag=True)
+            flags.append(word)
+    by_flag = {word.partition("=")[0] for word in flags} & {"--extract_type", "--model.keys"}
+    if len(by_flag) == 2:
+        raise SettingError("--extract_type and --model.keys both choose the tensors. Give one of them.")
+    if "model.keys" in chosen and (by_flag == {"--extract_type"} or (not by_flag and chosen[-1] == "extract_type")):
+        flags.append("--model.keys=null")
+    return [*configs, *flags]
+
+
+def _check_config(verb: str, path: Path) -> list[str]:
+    """Check the settings of a file, and return whether it sets `extract_type` or `model.keys`."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise SettingError(f"{path} holds no settings. Expected keys such as 'data:' or 'output_dir:'.")
+    for key, value in content.items():
+        if key not in (*GROUPS, "trainer"):
+            _check_name(verb, str(key), f"{path}: ")
+        else:
+            if value is not None and not isinstance(value, dict):
+                first = {"data": "image_dir", "model": "weights", "writer": "dtype", "trainer": "devices"}[key]
+                raise SettingError(
+                    f"{path}: {key} is {value!r}, but holds settings of its own, as in '{key}: {{{first}: {value}}}'."
+                )
+            for name in value or ():
+                _check_name(verb, f"{key}.{name}", f"{path}: ")
+    model: dict[str, Any] = content.get("model") or {}
+    chosen = [*(["extract_type"] * ("extract_type" in content)), *(["model.keys"] * (model.get("keys") is not None))]
+    if len(chosen) == 2:
+        raise SettingError(f"{path}: extract_type and model.keys both choose the tensors. Remove one of them.")
+    return chosen
+
+
+def _check_name(verb: str, name: str, where: str, flag: bool = False) -> None:
+    """Refuse a setting that there is not, or that only the other verb has."""
+    for source, target in LINKS.items():
+        if name == target:
+            raise SettingError(f"{where}{target} is set by its top-level key: use {source} (--{source}) instead.")
+    if name in names(verb) or name in (*GROUPS, *LIGHTNINGS):
+        return
+    group, _, rest = name.partition(".")
+    if group == "trainer" and (not trainer_names() or f"trainer.{rest.partition('.')[0]}" in trainer_names()):
+        return
+    if name in names("predict") | names("validate"):
+        # One config serves both verbs.
+        if flag:
+            other = "predict" if verb == "validate" else "validate"
+            reason = "validate writes no embeddings" if other == "predict" else "predict computes no metrics"
+            raise SettingError(f"--{name} is for {other}: {reason}.")
+        return
+    hint = _nearest(name, names(verb) | trainer_names())
+    dashes = "--" if flag else ""
+    raise SettingError(f"{where}There is no setting {dashes}{name}.{hint} detr-lightning {verb} --help lists them.")
+
+
+def _nearest(name: str, allowed: Iterable[str]) -> str:
+    # A name whose group is missing is near to the one that has it.
+    by_last = {setting.rpartition(".")[2]: setting for setting in allowed}
+    near = difflib.get_close_matches(name, list(allowed), n=1) or [
+        by_last[match] for match in difflib.get_close_matches(name, list(by_last), n=1)
+    ]
+    return f" Did you mean {near[0]!r}?" if near else ""
