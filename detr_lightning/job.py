@@ -106,14 +106,11 @@ class Job:
         if self.writer is None or not self.trainer.is_global_zero:
             return None
         if not self.complete and self.writer.metadata is None:
-            raise IncompleteError(
-                f"The run ended before all images were in {self.writer.output_dir}. "
-                "What is finished is kept: run the same again to go on."
-            )
+            raise IncompleteError(f"The run ended before all images were in {self.writer.output_dir}. {KEPT}")
         return self.writer.metadata
 
 
-INTERRUPTED = "Interrupted. What is finished is kept: run the same command again to go on."
+KEPT = "What is finished is kept: run the same command again to go on."
 
 
 class _Met(Callback):
@@ -134,7 +131,7 @@ def meeting(trainer: Trainer) -> Iterator[None]:
         yield
         return
     # Rank 0 first: Lightning kills a rank 0 whose ranks have ended.
-    seconds, message = (2, f"Error: {INTERRUPTED}") if trainer.is_global_zero else (10, "")
+    seconds, message = (2, "Error: Interrupted.") if trainer.is_global_zero else (10, "")
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     with InterruptibleWait(message, seconds) as wait:
         met = _Met(wait)

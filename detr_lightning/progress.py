@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 from detr_lightning.errors import count
 from detr_lightning.extraction.writer import EmbeddingWriter
@@ -28,7 +28,7 @@ class ImageProgress(ProgressBar):
         self._total = 0
         self._seen = 0
         self._started = 0.0
-        self._said = 0.0
+        self._printed = 0.0
 
     def disable(self) -> None:
         """Show nothing: Lightning calls it on all ranks but the first."""
@@ -80,32 +80,25 @@ class ImageProgress(ProgressBar):
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the terminal as it was."""
-        self._stop()
+        """Leave the terminal as it was, with one line in place of the bar."""
+        if self._bar is not None:
+            self._bar.live.transient = True
+            self._stop()
+            self.console.print(f"{self._seen} of {count(self._total, 'image')}", highlight=False)
 
-    def _start(self, trainer: Trainer, loader: Any, what: str) -> None:
+    def _start(self, trainer: Trainer, loader: Any, title: str) -> None:
         if not self._enabled:
             return
         self._total = loader.dataset.num_images
         self._seen, self._started = 0, time.monotonic()
-        self._said = self._started
+        self._printed = self._started
         if trainer.world_size > 1:
-            what += f" (rank 0 of {trainer.world_size})"
+            title = f"Rank 0 of {trainer.world_size}"
         if not self.console.is_terminal and not self.console.is_jupyter:
-            self.console.print(f"{what}: {count(self._total, 'image')} to go", highlight=False)
+            self.console.print(f"{title}: {count(self._total, 'image')} to go", highlight=False)
             return
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("images"),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-        self._bar.add_task(what, total=self._total, rate="")
+        self._bar = Progress(*columns(self.console.width), console=self.console)
+        self._bar.add_task(title, total=self._total, speed="", written="", left="")
         self._bar.start()
 
     def _advance(self, batch: dict[str, Any], written: int) -> None:
@@ -114,17 +107,48 @@ class ImageProgress(ProgressBar):
         self._seen += len(batch["image_id"]) + len(batch["failed"])
         now = time.monotonic()
         elapsed = now - self._started
-        rate = f"{self._seen / elapsed:.1f} images/s"
-        if written:
-            rate += f", {written / elapsed / 1e6:.1f} MB/s"
+        rate, bytes_rate = (
+            speed(self._seen, elapsed),
+            f"{written / elapsed / 1e6:.1f} MB/s" if written and elapsed else "",
+        )
+        # The first image pays for warming up.
+        left = clock(elapsed / self._seen * (self._total - self._seen)) if self._seen > 1 else ""
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._seen, rate=rate)
-        elif now - self._said > max(EVERY, elapsed / 10) and self._seen < self._total:
-            self._said = now
-            left = elapsed / self._seen * (self._total - self._seen)
-            self.console.print(f"{self._seen} of {self._total} images, {rate}, {left:.0f} s left", highlight=False)
+            left = f"left {left}" if left else ""
+            self._bar.update(self._bar.task_ids[0], completed=self._seen, speed=rate, written=bytes_rate, left=left)
+        elif now - self._printed > max(EVERY, elapsed / 10) and self._seen < self._total:
+            self._printed = now
+            parts = (f"{self._seen} of {self._total} images", rate, bytes_rate, f"{left} left" if left else "")
+            self.console.print(", ".join(filter(None, parts)), highlight=False)
 
     def _stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def columns(width: int) -> list[ProgressColumn]:
+    """Return the parts of the bar that fit into a terminal, whole."""
+    parts: list[ProgressColumn] = [TextColumn("{task.description}")]
+    if width >= 72:
+        parts.append(BarColumn(bar_width=None))
+    parts += [MofNCompleteColumn(), TextColumn("images"), TextColumn("{task.fields[speed]}")]
+    if width >= 100:
+        parts.append(TextColumn("{task.fields[written]}"))
+    if width >= 88:
+        parts += [TextColumn("elapsed"), TimeElapsedColumn()]
+    return [*parts, TextColumn("{task.fields[left]}")]
+
+
+def speed(images: int, seconds: float) -> str:
+    """Return how fast images went, in images/s or, below one, in s/image; nothing where no time has passed."""
+    if not images or seconds <= 0:
+        return ""
+    return f"{images / seconds:.1f} images/s" if images >= seconds else f"{seconds / images:.1f} s/image"
+
+
+def clock(seconds: float) -> str:
+    """Return a duration such as `0:07` or `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

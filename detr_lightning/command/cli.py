@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,26 +31,28 @@ from detr_lightning.errors import DETRLightningError, DETRLightningWarning, coun
 from detr_lightning.extraction.run import free_bytes
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
-from detr_lightning.job import INTERRUPTED, Job, check_trainer, meeting
+from detr_lightning.format.files import write_json
+from detr_lightning.job import KEPT, Job, check_trainer, meeting
 from detr_lightning.launch import launched_by_rank_0
 from detr_lightning.progress import ImageProgress
 from detr_lightning.ranks import waits_for_launch
 from detr_lightning.system import quiet_lightning, restore_settings, sigterm_as_interrupt
 
 FAILURES = {
+    "out of memory": "The memory of the device is full ({}). Set data.batch_size lower.",
+    "can't allocate memory": "The memory is full ({}). Set data.batch_size or data.num_workers lower.",
     "ended before": "{}",
     **dict.fromkeys(("gloo", "NCCL", "Connection closed by peer"), "Another rank ended: see its message ({})."),
     "unable to allocate shared memory": "Data workers have too little shared memory ({}). Set data.num_workers or "
-    "data.batch_size lower, or give the container more: docker run --shm-size=2g. What is finished is kept: run the "
-    "same command again to go on.",
+    "data.batch_size lower, or give the container more: docker run --shm-size=2g.",
     "unable to open shared memory object": "Data workers cannot use /dev/shm ({}). Make it writable, or set "
     "data.num_workers to 0.",
     "DataLoader worker": "A process that reads images ended ({}). If memory ran out, set data.num_workers or "
-    "data.batch_size lower. What is finished is kept: run the same command again to go on.",
+    "data.batch_size lower.",
     "C++ compile": "model.compile needs a C++ compiler that works, such as g++ ({}). "
     "Install one, or leave model.compile out.",
 }
-"""Errors of processes that were lost and of what is not installed, by what torch says of them, and what to tell."""
+"""Messages for errors of torch that a user can do something about, by a part of torch's own message."""
 
 
 class DETRCLI(LightningCLI):
@@ -113,8 +116,14 @@ class DETRCLI(LightningCLI):
         for group, name in ((settings.model, "weights"), (data, "image_dir"), (data, "annotation_file")):
             if group[name]:
                 group[name] = shipped.demo_file(group[name])
-        if not data.download:
+        if data.download:
+            return
+        try:
             image_folder(os.path.expanduser(data.image_dir))
+        except FileNotFoundError as error:
+            if Path(data.annotation_file or "").name != "instances_val2017.json":
+                raise
+            raise FileNotFoundError(f"{error}. To fetch COCO val2017 (1 GB) there: --data.download true") from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the Trainer.
@@ -152,8 +161,7 @@ class DETRCLI(LightningCLI):
         if self.job.plan() is None:
             return
         needed, free = self.writer.bytes_needed(self.model), free_bytes(self.writer.output_dir)
-        self._say(*reports.announcement(self.writer, self.model, self.datamodule, free))
-        self._say(*reports.cautions(self.trainer))
+        self._say(*reports.announcement(self.job, free))
         if free is not None and needed > free:
             raise CommandError(
                 f"output_dir {self.writer.output_dir} needs {decimal(needed)}, but its disk has {decimal(free)} free. "
@@ -182,6 +190,8 @@ class DETRCLI(LightningCLI):
             SettingError: There are no annotations, or the precision is not available.
         """
         check_trainer(self.trainer, self._trainer_settings.precision)
+        if self._output is not None and self._output.is_dir():
+            raise CommandError(f"--output {self._output} is a folder. Name a file, such as metrics.json.")
         if self.datamodule.annotation_file is None:
             raise CommandError("validate needs data.annotation_file: COCO annotations to compare with.")
         require_all_batches(self.trainer, "val")
@@ -199,6 +209,10 @@ class DETRCLI(LightningCLI):
             images = count(len(self.model.validated), "image")
             said = f"{self.model.checkpoint.name} on {images}", reports.metrics(self.summary)
             Console(markup=False).print(*said, sep="\n", highlight=False)
+            if self._output is not None:
+                self._output.parent.mkdir(parents=True, exist_ok=True)
+                content = {"model": self.model.checkpoint.name, "num_images": len(self.model.validated), **self.summary}
+                write_json(self._output, content)
         names = {record.image_id: record.file_name for record in self.datamodule.records}
         failures = [(record.file_name, reason) for record, reason in self.datamodule.failures]
         self._say(
@@ -208,6 +222,11 @@ class DETRCLI(LightningCLI):
     @property
     def _trainer_settings(self) -> Any:
         return self.config_init[self.subcommand].trainer
+
+    @property
+    def _output(self) -> Path | None:
+        output: str | None = self.config[self.subcommand].output
+        return None if output is None else Path(output).expanduser()
 
     @property
     def _dry_run(self) -> bool:
@@ -229,26 +248,27 @@ def run(verb: str, words: Sequence[str]) -> int:
     Returns:
         The exit code: 0 for success, 1 for an error, which is printed as one message, 130 after Ctrl-C.
     """
+    kept = f" {KEPT}" if verb == "predict" else ""  # validate keeps nothing
     if launched_by_rank_0():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with quiet_lightning(), _plain_warnings(), sigterm_as_interrupt():
             DETRCLI(verb, words)
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, 130)
+        return _fail("Interrupted.", 130, kept)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning has turned into an exit
-            return _fail(INTERRUPTED, 130)
+            return _fail("Interrupted.", 130, kept)
         raise
     except (DETRLightningError, OSError, MisconfigurationException) as error:
         return _fail(str(error), 1)
     except DistError as error:
-        return _fail(FAILURES["gloo"].format(str(error).strip().splitlines()[0]), 1)
+        return _fail(FAILURES["gloo"].format(str(error).strip().splitlines()[0]), 1, kept)
     except RuntimeError as error:
         for sign, message in FAILURES.items():
             for line in str(error).splitlines():
                 if sign in line:
-                    return _fail(message.format(line.strip()), 1)
+                    return _fail(message.format(line.strip()), 1, kept)
         raise
     return 0
 
@@ -270,8 +290,9 @@ def _plain_warnings() -> Iterator[None]:
         yield
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int, kept: str = "") -> int:
     rank = _rank()
+    message += "" if kept in message else kept
     where = f" (rank {rank})" if rank else ""
     print(f"Error{where}: {message}", file=sys.stderr, flush=True)
     return code

@@ -1,49 +1,52 @@
-"""What the command says of a run: what it will do, what it did, what it measured."""
+"""The reports of the command: the plan of a run, its result, the metrics of a validation."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
+import torch
 from lightning.pytorch import Trainer
 from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 
-from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.errors import SHOWN, count
 from detr_lightning.extraction.writer import EmbeddingWriter
-from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.keys import dtype_of, nbytes, shape_of
 from detr_lightning.format.names import METADATA
 from detr_lightning.format.schema import Metadata
+from detr_lightning.job import Job
+from detr_lightning.progress import clock, speed
 from detr_lightning.system import available_cores
 
 
-def announcement(
-    writer: EmbeddingWriter, model: DETRExtractor, data: COCODataModule, free: int | None
-) -> list[RenderableType]:
+def announcement(job: Job, free: int | None) -> list[RenderableType]:
     """Return what a planned run will do, and what each of its files will hold.
 
     Args:
-        writer: After `plan`.
-        model: The model.
-        data: The images.
+        job: After `plan`, with a writer.
         free: The bytes that the disk has free; None where nobody knows.
     """
+    writer, model, data = job.writer, job.model, job.data
+    assert writer is not None
     run = writer.extraction
     assert run is not None, "plan comes first"
     lines = [f"{model.checkpoint.name}: {model.checkpoint.notes}"]
     finished = len(run.finished)
     if run.complete:
         return [*lines, f"{writer.output_dir} is finished: {count(finished, 'image')}, all there. Nothing to do."]
-    there = f", {finished} more are there already" if finished else ""
+    others = f", {finished} more are there already" if finished else ""
+    others += f", {len(data.failures)} more cannot be read" if data.failures else ""
+    kept = model.hparams["extract_type"] if model.hparams["keys"] is None else count(len(model.keys), "key")
     lines.append(
-        f"{count(len(run.pending), 'image')} to {writer.output_dir} ({model.hparams['extract_type']}){there}: "
+        f"{count(len(run.pending), 'image')} to {writer.output_dir} ({kept}){others}: "
         f"{'about' if writer.min_score is None else 'at most'} {decimal(writer.bytes_needed(model))}"
         + ("" if free is None else f", {decimal(free)} free")
     )
     if writer.min_score is not None:
         lines.append(f"Only queries that score {writer.min_score} or more are kept: the sizes are upper bounds.")
+    lines += [device(job.trainer), *cautions(job.trainer)]
     if not data.records:
         return [*lines]
     record = data.records[0]
@@ -65,12 +68,38 @@ def announcement(
     return [*lines, table]
 
 
+def device(trainer: Trainer) -> str:
+    """Return where a run computes, in which precision, and with how many ranks and threads."""
+    root = trainer.strategy.root_device
+    name = f"{root} ({torch.cuda.get_device_name(root)})" if root.type == "cuda" else str(root)
+    ranks = f", {trainer.world_size} ranks" if trainer.world_size > 1 else ""
+    threads = f", {count(threads_per_rank(trainer), 'thread')}{' each' if ranks else ''}" if root.type == "cpu" else ""
+    return f"on {name} in {trainer.precision}{ranks}{threads}"
+
+
+def threads_per_rank(trainer: Trainer) -> int:
+    """Return how many threads torch will have in each rank: Lightning shares out the cores of a node."""
+    ranks = trainer.num_devices
+    return (
+        torch.get_num_threads() if ranks == 1 or "OMP_NUM_THREADS" in os.environ else max(1, available_cores() // ranks)
+    )
+
+
 def cautions(trainer: Trainer) -> list[str]:
     """Return warnings of what would make a run slow."""
-    ranks, cores = trainer.num_devices, available_cores()
-    if trainer.strategy.root_device.type != "cpu" or ranks <= cores:
+    if trainer.strategy.root_device.type != "cpu":
         return []
-    return [f"Warning: {ranks} ranks share {count(cores, 'core')}: fewer devices are as fast and need less memory."]
+    ranks, cores = trainer.num_devices, available_cores()
+    if ranks > cores:
+        return [f"Warning: {ranks} ranks share {count(cores, 'core')}: fewer devices are as fast and need less memory."]
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    threads = ranks * threads_per_rank(trainer)
+    if threads == 1 or threads <= cores - busy + 0.5:
+        return []
+    return [
+        f"Note: other programs keep {count(cores, 'core')} busy (load {busy:.1f}). Threads that wait for each other "
+        "can then take many times as long: OMP_NUM_THREADS=1 may be faster."
+    ]
 
 
 def result(writer: EmbeddingWriter, metadata: Metadata, seconds: float, ranks: int) -> list[RenderableType]:
@@ -87,8 +116,8 @@ def result(writer: EmbeddingWriter, metadata: Metadata, seconds: float, ranks: i
     others = " by rank 0" if ranks > 1 else ""
     table.add_row("written", f"{count(written, 'image')}{others}, {decimal(writer.bytes_written)}")
     table.add_row("folder", f"{writer.output_dir}: {count(len(metadata.images), 'image')} and {METADATA}")
-    speed = f", {written / seconds:.2f} images/s" if seconds > 0 else ""  # A clock may stand still.
-    table.add_row("time", f"{seconds:.1f} s{speed}")
+    rate = speed(written, seconds)
+    table.add_row("time", f"{clock(seconds)}, {rate}" if rate else clock(seconds))
     if not failed:
         return [table]
     table.add_row("skipped", f"{count(len(failed), 'image')}, listed under 'failed' in metadata.json")

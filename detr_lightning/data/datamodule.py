@@ -42,8 +42,8 @@ def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> N
     limit = getattr(trainer, f"limit_{stage}_batches")
     if isinstance(limit, int) or limit != 1.0:
         raise SettingError(
-            f"trainer.limit_{stage}_batches (or fast_dev_run, overfit_batches) ends the run early ({limit}). "
-            "A result counts when every image is there: choose images with data.limit or data.image_ids."
+            f"trainer.limit_{stage}_batches (or trainer.fast_dev_run, trainer.overfit_batches) ends the run early "
+            f"({limit}). A result counts when every image is there: choose images with data.limit or data.image_ids."
         )
 
 

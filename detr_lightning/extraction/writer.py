@@ -102,6 +102,9 @@ class EmbeddingWriter(BasePredictionWriter):
             ValueError: It holds another extraction, whose settings or images differ, or the Trainer is to stop early.
         """
         require_all_batches(trainer, "predict")
+        folder = self.output_dir.resolve() if isinstance(self.output_dir, Path) else None
+        if data.image_dir and folder == Path(data.image_dir).resolve():
+            raise SettingError(f"output_dir {self.output_dir} is data.image_dir. Choose a folder of its own.")
         if self.if_exists == "resume" and data.annotation_file is None:
             data.keep_ids(self._file_ids())
         data.find_images()
