@@ -38,7 +38,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 from contestants import KEYS, PRECISIONS, Contestant, Ours, device, flops_of_one_image, pixels_of_one_image, timed
 
-from detr_lightning.data.decode import locate, read_pixels
+from detr_lightning.data.decode import read_pixels
+from detr_lightning.data.files import find_file
 from detr_lightning.data.records import ImageRecord
 from detr_lightning.format.files import save_tensors
 from detr_lightning.format.preprocessing import resized_size
@@ -137,7 +138,7 @@ def stages(options: argparse.Namespace) -> dict[str, Any]:
         folder = Path(temporary) / "images"
         make_images(folder, options.images)
         record = ImageRecord(1, "1.jpg", 640, 480)
-        path, size = locate(folder, record), resized_size(record.size)
+        path, size = find_file(folder, record.file_name), resized_size(record.size)
         rows: dict[str, float] = {}
         idle: dict[str, float] = {}
         for dtype in PRECISIONS:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import inspect
 import multiprocessing
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,8 @@ from torch import Tensor
 
 from detr_lightning.batch import split
 from detr_lightning.data.datamodule import COCODataModule
-from detr_lightning.data.decode import open_image, read_pixels, rgb, to_pixels
-from detr_lightning.data.loading import Reader
-from detr_lightning.data.records import Failure, ImageRecord, Size
-from detr_lightning.errors import SHOWN, SettingError, SettingTypeError, UnreadableImageError, count
+from detr_lightning.data.sources import ListedImages
+from detr_lightning.errors import SHOWN, SettingError, SettingTypeError, count
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.keys import dtype_of
@@ -97,7 +92,7 @@ def extract(
         raise SettingError("annotation_file belongs to a folder of images, not to single ones.")
     else:
         single = isinstance(images, str | os.PathLike | Image.Image)
-        datamodule = ImageList.of([images] if single else list(images), **data)  # type: ignore[list-item, arg-type]
+        datamodule = COCODataModule.of(ListedImages([images] if single else list(images)), **data)  # type: ignore[list-item, arg-type]
     extractor = DETRExtractor(os.fspath(weights), extract_type, keys, **(model or {}))
     writer = None if output_dir is None else EmbeddingWriter(os.fspath(output_dir), dtype, if_exists)
     with quiet_lightning():
@@ -128,6 +123,7 @@ def extract(
         for image_id, tensors in split(batch)
     }
     records = [*datamodule.records, *(record for record, _reason in datamodule.failures)]
+    records.sort(key=lambda record: record.image_id)
     _warn_of([record.file_name for record in records if record.image_id not in found])
     return dict(sorted(found.items()))
 
@@ -136,77 +132,3 @@ def _warn_of(skipped: Sequence[str]) -> None:
     if skipped:
         names = ", ".join(map(repr, skipped[:SHOWN])) + (", ..." if len(skipped) > SHOWN else "")
         warnings.warn(f"{count(len(skipped), 'image')} could not be read: {names}.", stacklevel=3)
-
-
-class ImageList(COCODataModule):
-    """Images that lie anywhere, or in memory alone, numbered from 1."""
-
-    sources: Sequence[Path | Image.Image]
-
-    @classmethod
-    def of(cls, sources: Sequence[Source], **settings: Any) -> ImageList:
-        """Return a data module for these images. They are no argument of `__init__`, which Lightning would copy.
-
-        Args:
-            sources: Paths and PIL images.
-            **settings: Of `COCODataModule`.
-
-        Raises:
-            TypeError: One of them is neither.
-            ValueError: There is none.
-        """
-        if not sources:
-            raise SettingError("images: the list is empty.")
-        for number, source in enumerate(sources, start=1):
-            if not isinstance(source, str | os.PathLike | Image.Image):
-                raise SettingTypeError(
-                    f"images: number {number} is of type {type(source).__name__}, but must be a path or a PIL image. "
-                    "PIL.Image.fromarray makes one of an array."
-                )
-        images = cls("", **settings)
-        images.sources = [s if isinstance(s, Image.Image) else Path(s).expanduser() for s in sources]
-        return images
-
-    def find(self) -> tuple[list[ImageRecord], list[Failure]]:
-        """Return all images, and those whose size cannot be read."""
-        records: list[ImageRecord] = []
-        failures: list[Failure] = []
-        for image_id, source in enumerate(self.sources, start=1):
-            record = ImageRecord(image_id, str(source) if isinstance(source, Path) else f"image {image_id}", 0, 0)
-            try:
-                if isinstance(source, Path):
-                    if not source.is_file():
-                        raise FileNotFoundError(f"images: number {image_id}, {source}, is no file.")
-                    with open_image(source, self.hparams["max_image_pixels"]) as image:
-                        width, height = image.size
-                else:
-                    width, height = source.size
-                    # The name tells images apart when a folder is resumed.
-                    digest = hashlib.sha256(rgb(source).tobytes()).hexdigest()[:16]
-                    record = replace(record, file_name=f"{record.file_name} ({digest})")
-                records.append(replace(record, width=width, height=height))
-            except UnreadableImageError as error:
-                failures.append((record, error.reason))
-            except OSError as error:
-                if isinstance(source, Path):
-                    raise
-                failures.append((record, f"cannot be decoded ({error})"))
-        return records, failures
-
-    def reader(self) -> Reader:
-        """Return what reads an image at a size."""
-        return partial(_read, self.sources, self.hparams["image_backend"], self.hparams["max_image_pixels"])
-
-    def _unreadable(self, file_name: str, reason: str) -> UnreadableImageError:
-        return UnreadableImageError(
-            f"images: {file_name!r}: {reason}. Repair or remove it, or go on without it: on_error='skip'.", reason
-        )
-
-
-def _read(
-    sources: Sequence[Path | Image.Image], backend: str, max_pixels: int | None, record: ImageRecord, size: Size
-) -> Tensor:
-    source = sources[record.image_id - 1]
-    if isinstance(source, Path):
-        return read_pixels(source, record, size, backend, max_pixels)
-    return to_pixels(source, size)

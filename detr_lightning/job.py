@@ -77,6 +77,7 @@ class Job:
         return self.writer.extraction if self.writer else None
 
     def _plan(self) -> bool:
+        self.data.use_model(self.model.checkpoint)
         if self.writer is None:
             self.data.find_images()
             complete = False

@@ -238,7 +238,7 @@ def test_unreadable_images_stop_or_are_skipped(tiny_weights: Path, tmp_path: Pat
         with pytest.raises(UnreadableImageError, match=r"image 1.*cannot be decoded.*on_error='skip'"):
             read(truncated, tiny_weights)
         with pytest.warns(
-            UserWarning, match=rf"3 images could not be read: '.*{body.name}', '.*{header.name}', 'image 4"
+            UserWarning, match=rf"3 images could not be read: '.*{header.name}', '.*{body.name}', 'image 4"
         ):
             assert list(read(sources, tiny_weights, on_error="skip")) == [2]
         settings = dict(weights=tiny_weights, output_dir=tmp_path / "out", on_error="skip", progress=False, **SMALL)

@@ -6,6 +6,7 @@ import os
 
 from PIL import Image
 
+from detr_lightning.data.decode import read_rgb
 from detr_lightning.store.store import EmbeddingStore
 
 
@@ -15,8 +16,8 @@ def open_picture(store: EmbeddingStore, image_id: int, image_dir: str | os.PathL
     Raises:
         FileNotFoundError: The image is not there.
     """
-    with Image.open(store.image_path(int(image_id), image_dir)) as image:
-        return image.convert("RGB")
+    exif = store.metadata_file.settings.preprocessing.get("exif", "ignore")
+    return read_rgb(store.image_path(int(image_id), image_dir), exif)
 
 
 def square_around(picture: Image.Image, x1: float, y1: float, x2: float, y2: float) -> Image.Image:

@@ -26,7 +26,7 @@ from detr_lightning.command import reports
 from detr_lightning.command.parser import CommandError, CommandParser
 from detr_lightning.command.settings import LINKS
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
-from detr_lightning.data.decode import image_folder
+from detr_lightning.data.files import image_folder
 from detr_lightning.errors import DETRLightningError, DETRLightningWarning, count
 from detr_lightning.extraction.run import free_bytes
 from detr_lightning.extraction.writer import EmbeddingWriter
@@ -197,6 +197,7 @@ class DETRCLI(LightningCLI):
         require_all_batches(self.trainer, "val")
         if self.trainer.local_rank == 0:
             self.datamodule.prepare_data()
+        self.datamodule.use_model(self.model.checkpoint)
         if self.trainer.world_size == 1 or (waits_for_launch(self.trainer) and self.trainer.is_global_zero):
             self.datamodule.setup("validate")  # before other ranks are launched, which it tells what it found
 
@@ -282,7 +283,8 @@ def _plain_warnings() -> Iterator[None]:
 
         def show_plain(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if issubclass(category, DETRLightningWarning):
-                print(f"Warning: {message}", file=sys.stderr, flush=True)
+                if _rank() == 0:
+                    print(f"Warning: {message}", file=sys.stderr, flush=True)
             else:
                 show(message, category, *place, **more)
 

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 
+from detr_lightning.data.datamodule import turned_message
 from detr_lightning.errors import SHOWN, count
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.format.keys import dtype_of, nbytes, shape_of
@@ -118,6 +119,9 @@ def result(writer: EmbeddingWriter, metadata: Metadata, seconds: float, ranks: i
     table.add_row("folder", f"{writer.output_dir}: {count(len(metadata.images), 'image')} and {METADATA}")
     rate = speed(written, seconds)
     table.add_row("time", f"{clock(seconds)}, {rate}" if rate else clock(seconds))
+    turned = sum(entry.orientation is not None for entry in metadata.images)
+    if turned and metadata.run.settings.preprocessing.get("exif") != "apply":
+        table.add_row("stored turned", turned_message(turned, len(metadata.images)))
     if not failed:
         return [table]
     table.add_row("skipped", f"{count(len(failed), 'image')}, listed under 'failed' in metadata.json")

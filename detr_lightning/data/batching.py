@@ -71,14 +71,14 @@ def collate(
     """Join images to one batch.
 
     Args:
-        items: Each image with its pixels, uint8 `[3, height, width]`, and their height and width. There may be none.
+        items: Each image with its pixels, `[3, height, width]`, and their height and width. There may be none.
         padded: Fill up smaller images with zeros at the bottom and on the right, and add `padding_mask`. Zeros are what
             the network should see there after normalisation: that is the model's part.
         failed: Ids of images that could not be read, and why.
 
     Returns:
-        `image_id` (list), `pixels` (uint8 `[B, 3, H, W]` in channels-last memory), `input_size` (list of height and
-        width), `failed` (list), and with `padded` `padding_mask` (bool `[B, H, W]`, True on padding).
+        `image_id` (list), `pixels` (`[B, 3, H, W]` in channels-last memory, uint8 for DETR), `input_size` (list of
+        height and width), `failed` (list), and with `padded` `padding_mask` (bool `[B, H, W]`, True on padding).
 
     Raises:
         ValueError: Images of different sizes without `padded`.
@@ -88,7 +88,8 @@ def collate(
         raise SettingError(f"images of different sizes {sorted(set(sizes))} need data.batching padded")
     height, width = (max(sides) for sides in zip(*sizes, strict=True)) if sizes else (0, 0)
     shape = (len(items), height, width, 3)
-    pixels = torch.zeros(shape, dtype=torch.uint8) if padded else torch.empty(shape, dtype=torch.uint8)
+    dtype = items[0][1].dtype if items else torch.uint8
+    pixels = torch.zeros(shape, dtype=dtype) if padded else torch.empty(shape, dtype=dtype)
     mask = torch.ones(shape[:3], dtype=torch.bool) if padded else None
     for index, (_, image, (h, w)) in enumerate(items):
         pixels[index, :h, :w] = image.permute(1, 2, 0)  # [3, h, w] -> [h, w, 3]

@@ -14,9 +14,7 @@ from typing import Any, Literal
 
 from detr_lightning.data.records import ImageRecord
 from detr_lightning.errors import InputError
-
-MAX_ID = 10**12 - 1
-"""The largest image id: names of output files have 12 digits."""
+from detr_lightning.format.names import MAX_ID
 
 MAX_SIDE = 2**31 - 1
 """The longest side that an image file can state."""

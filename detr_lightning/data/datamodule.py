@@ -4,33 +4,59 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Collection, Mapping
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeAlias
 
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from detr_lightning.data.batching import BATCHINGS, plan_batches
-from detr_lightning.data.coco import read_coco_file
-from detr_lightning.data.decode import BACKENDS, image_folder
+from detr_lightning.data.decode import BACKENDS, EXIF, Processor
 from detr_lightning.data.loading import (
     PREFETCHED_BATCHES,
     SHARED_MEMORY,
     ImageBatches,
-    Reader,
+    ImageReader,
     free_shared_memory,
     leave_signals_to_parent,
-    read_file,
     unwrap,
 )
 from detr_lightning.data.records import Failure, ImageRecord
-from detr_lightning.data.sources import read_coco, read_folder, select
-from detr_lightning.errors import SettingError, UnreadableImageError, check_choice
-from detr_lightning.format.preprocessing import resized_size
+from detr_lightning.data.sources import (
+    NONE_KNOWN,
+    COCOImages,
+    FolderImages,
+    HeaderReader,
+    ImageSource,
+    Known,
+    ListedImages,
+    measure,
+    read_image_ids,
+    select,
+    with_known_size,
+)
+from detr_lightning.errors import (
+    DETRLightningWarning,
+    InputError,
+    SettingError,
+    UnreadableImageError,
+    check_choice,
+    count,
+)
+from detr_lightning.format.preprocessing import Preprocessing
 from detr_lightning.ranks import from_rank_0
 from detr_lightning.system import available_cores
+
+
+def turned_message(turned: int, total: int) -> str:
+    """Return how many images a viewer shows otherwise than they are read here."""
+    return (
+        f"{turned} of {count(total, 'image')} have an EXIF tag by which viewers turn them. They are read as stored, as "
+        "the official code does, so boxes drawn in a viewer do not fit. data.exif=apply turns them."
+    )
 
 
 def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> None:
@@ -47,15 +73,32 @@ def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> N
         )
 
 
+Images: TypeAlias = tuple[list[ImageRecord], list[Failure], dict[int, str]]
+
+
+class ModelInput(Protocol):
+    """What a model knows of its input: a `Checkpoint`."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How it was trained to see images."""
+
+    @property
+    def processor(self) -> Processor | None:
+        """What makes its input of an image, where this package does not make it itself."""
+
+
 class COCODataModule(LightningDataModule):
     """COCO images, or any folder of images, in batches.
 
     Args:
         image_dir: The folder with the images.
         annotation_file: COCO's `instances_*.json` for them. Without it every image in the folder and its subfolders is
-            taken (`.jpg`, `.jpeg`, `.png`, `.bmp`, `.webp`, `.tif`, `.tiff`), and sizes come from the headers.
-        image_ids: Only these images.
+            taken (`.jpg`, `.jpeg`, `.png`, `.bmp`, `.webp`, `.tif`, `.tiff`; `.avif` where Pillow reads it, `.heic` and
+            `.heif` where pillow-heif is installed), and sizes come from the headers.
+        image_ids: Only these images: a list of ids or file names, or a text file with one per line.
         limit: Only the first so many images, by id.
+        shuffle_seed: Choose those `limit` images at random instead, always the same with the same seed.
         batch_size: The most images in a batch. It changes speed and memory, and with `exact` batching no result. By
             default 4 on a CPU, which reads that many at a time and computes them one by one, and 8 elsewhere.
         num_workers: Processes that read images. By default none on a CPU, where they would take the model's cores from
@@ -63,10 +106,14 @@ class COCODataModule(LightningDataModule):
         batching: `exact` puts only images of one resized size in a batch, so nothing is padded and no image changes
             another's embeddings. `padded` fills up smaller images as the official code does, in the order of the ids.
         image_backend: `pil` gives the official pixels bit for bit; `torchvision` is faster, within 1 level of 255.
+        exif: `ignore` takes pixels as they are stored, as the official code does; `apply` turns images as their EXIF
+            tag tells. Sizes and boxes are then those of the turned image.
         on_error: What to do about an image that cannot be read: `raise`, or `skip` it and list it in the metadata.
-        short_side: What the short side of an image is resized to. The official models want 800.
-        long_side: What the long side should not pass. The official models want 1333.
+        short_side: The short side of an image after resizing; by default what the model was trained with, for the
+            official models 800.
+        long_side: The length that the long side should not pass; by default likewise, 1333.
         max_image_pixels: Refuse larger images as decompression bombs; by default above Pillow's limit, 89 million.
+            Reading an image takes at most 12 bytes of memory per pixel, so 1.1 GB with that limit.
         download: Fetch COCO val2017 (1 GB) to `image_dir` and `annotation_file` where they are missing.
 
     Raises:
@@ -77,48 +124,112 @@ class COCODataModule(LightningDataModule):
         self,
         image_dir: str,
         annotation_file: str | None = None,
-        image_ids: list[int] | None = None,
+        image_ids: list[int | str] | str | None = None,
         limit: int | None = None,
+        shuffle_seed: int | None = None,
         batch_size: int | None = None,
         num_workers: int | None = None,
         batching: str = "exact",
         image_backend: str = "pil",
+        exif: str = "ignore",
         on_error: str = "raise",
-        short_side: int = 800,
-        long_side: int = 1333,
+        short_side: int | None = None,
+        long_side: int | None = None,
         max_image_pixels: int | None = None,
         download: bool = False,
     ) -> None:
         super().__init__()
         check_choice("data.batching", batching, BATCHINGS)
         check_choice("data.image_backend", image_backend, BACKENDS)
+        check_choice("data.exif", exif, EXIF)
         check_choice("data.on_error", on_error, ("raise", "skip"))
         lowest = {"batch_size": 1, "num_workers": 0, "limit": 1, "short_side": 1, "long_side": 1, "max_image_pixels": 1}
         for name, least in lowest.items():
             value = locals()[name]
             if value is not None and value < least:
                 raise SettingError(f"data.{name} is {value}, but must be at least {least}.")
-        if long_side < short_side:
-            raise SettingError(f"data.long_side ({long_side}) is less than data.short_side ({short_side}).")
         if batching == "padded" and batch_size is None:
             raise SettingError("data.batching padded needs data.batch_size: its results depend on it.")
+        # Absolute, for the metadata are read in other folders.
+        image_dir = os.path.abspath(os.path.expanduser(image_dir)) if image_dir else ""
+        annotation_file = None if annotation_file is None else os.path.abspath(os.path.expanduser(annotation_file))
         self.save_hyperparameters()
-        self.image_dir = os.path.expanduser(image_dir)
-        self.annotation_file = None if annotation_file is None else os.path.expanduser(annotation_file)
+        self.image_dir, self.annotation_file = image_dir, annotation_file
+        self.source: ImageSource = FolderImages(image_dir)
+        if annotation_file is not None:
+            self.source = COCOImages(image_dir, annotation_file)
         self.batch_size = batch_size
         self.on_error = on_error
-        self.resize = partial(resized_size, short_side=short_side, long_side=long_side)
         self.records: list[ImageRecord] = []
         self.categories: dict[int, str] = {}
         self.failures: list[Failure] = []
-        self._known_ids: Mapping[str, int] = {}
+        self._known = NONE_KNOWN
         self._ready = False
         self._ground_truth: dict[str, Any] | None = None
+        self._processor: Processor | None = None
+        self.input = Preprocessing()
+        self._use(self.input)
+
+    @classmethod
+    def of(cls, source: ImageSource, **settings: Any) -> COCODataModule:
+        """Return a data module for the images of a source.
+
+        Args:
+            source: The images. They are no argument of `__init__`, which Lightning would copy.
+            **settings: Of `COCODataModule`, besides the first two.
+        """
+        data = cls("", **settings)
+        data.source = source
+        return data
+
+    def use_model(self, checkpoint: ModelInput) -> None:
+        """Prepare images as a model was trained with them, as far as `short_side` and `long_side` leave it open.
+
+        `setup` calls it for the model of its Trainer.
+
+        Raises:
+            SettingError: A side or `image_backend` was set, and the model does not leave it open; or the long side is
+                less than the short side.
+        """
+        self._use(checkpoint.preprocessing, checkpoint.processor)
+
+    def _use(self, preprocessing: Preprocessing, processor: Processor | None = None) -> None:
+        given = {name: self.hparams[name] for name in ("short_side", "long_side") if self.hparams[name] is not None}
+        if given and preprocessing.height is not None:
+            raise SettingError(
+                f"data.{next(iter(given))} is set, but the model takes images of "
+                f"{preprocessing.height}x{preprocessing.width} pixels (height x width) alone. Leave it null."
+            )
+        if processor is not None and self.hparams["image_backend"] != "pil":
+            raise SettingError(
+                f"data.image_backend is {self.hparams['image_backend']!r}, but the model's own processor "
+                f"({preprocessing.processor}) reads its images. Leave it out."
+            )
+        used = replace(preprocessing, **given)
+        if used.short_side is not None and used.long_side is not None and used.long_side < used.short_side:
+            raise SettingError(f"data.long_side ({used.long_side}) is less than data.short_side ({used.short_side}).")
+        self._ready = self._ready and used == self.input
+        self.input, self._processor = used, processor
+        self.resize = used.input_size
 
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What happens to an image before the model sees it: part of what identifies a run."""
-        return {name: self.hparams[name] for name in ("short_side", "long_side", "image_backend")}
+        exif = {"exif": self.hparams["exif"]}
+        if self.input.processor is not None:
+            return {**self.input.to_json(), **exif}
+        sides = {"short_side": self.input.short_side, "long_side": self.input.long_side}
+        return {**sides, "image_backend": self.hparams["image_backend"], **exif}
+
+    @property
+    def known(self) -> Mapping[str, Known]:
+        """Images of earlier runs by file name: see `ImageSource.find`."""
+        return self._known
+
+    @known.setter
+    def known(self, known: Mapping[str, Known]) -> None:
+        self._ready = self._ready and known == self._known
+        self._known = known
 
     @property
     def batching(self) -> str:
@@ -139,86 +250,97 @@ class COCODataModule(LightningDataModule):
 
         Raises:
             FileNotFoundError: The folder or the annotation file is not there.
-            ValueError: What they hold cannot be used; the message names the entry.
-            SettingError: The Trainer is to validate with a part of the batches.
+            InputError: What they hold cannot be used; the message names the entry.
+            SettingError: The Trainer is to validate with a part of the batches, or a setting does not fit the model.
             UnreadableImageError: A header cannot be read, and `on_error` is `raise`.
         """
+        model = getattr(self.trainer, "lightning_module", None)
+        if model is not None and hasattr(model, "checkpoint"):
+            self.use_model(model.checkpoint)
         if stage == "validate" and self.trainer is not None:
             require_all_batches(self.trainer, "val")
 
-        def find() -> tuple[list[ImageRecord], list[Failure], dict[int, str]]:
-            self.find_images()
-            if stage == "validate":
-                self.ground_truth()
+        def find() -> Images:
+            self.find_images(validate=stage == "validate")
             return self.images
 
         self.images = find() if self.trainer is None else from_rank_0(self.trainer, find)
 
-    def find_images(self) -> None:
-        """Find the images in this process alone; see `setup`."""
-        self.images = self._select()
+    def find_images(self, validate: bool = False) -> None:
+        """Find the images in this process alone; see `setup`.
+
+        Args:
+            validate: Also read the annotations, and the headers of all images.
+        """
+        if validate and self._ground_truth is None:
+            self._ready = False
+            if isinstance(self.source, COCOImages):
+                self.source.read_annotations()
+        if not self._ready:
+            self._find(every_header=validate)
+        if validate and not self.records:
+            record, reason = self.failures[0]
+            raise InputError(
+                f"None of {count(len(self.failures), 'image')} can be read: {record.file_name!r}: {reason}."
+            )
+        if validate:
+            self.ground_truth()
 
     @property
-    def images(self) -> tuple[list[ImageRecord], list[Failure], dict[int, str]]:
+    def images(self) -> Images:
         """All that `setup` found: the images, those that cannot be read, and the categories."""
         return self.records, self.failures, self.categories
 
     @images.setter
-    def images(self, found: tuple[list[ImageRecord], list[Failure], dict[int, str]]) -> None:
+    def images(self, found: Images) -> None:
         self.records, self.failures, self.categories = found
         self._ready = True
 
-    def _select(self) -> tuple[list[ImageRecord], list[Failure], dict[int, str]]:
-        if self._ready:
-            return self.images
-        records, failures = self.find()
-        unusable = dict(failures)
-        chosen = select([*records, *unusable], self.hparams["image_ids"], self.hparams["limit"])
-        found: tuple[list[ImageRecord], list[Failure], dict[int, str]] = ([], [], self.categories)
-        for record in chosen:
-            reason = unusable.get(record)
+    def _find(self, every_header: bool) -> None:
+        ids, limit, seed = (self.hparams[name] for name in ("image_ids", "limit", "shuffle_seed"))
+        records = self.source.find(self.known)
+        if isinstance(self.source, COCOImages):
+            self.source.check_folder(records)
+        chosen = select(records, read_image_ids(ids) if isinstance(ids, str) else ids, limit, seed)
+        exif = self.hparams["exif"]
+        if exif == "apply":  # Annotations may state the size before or after turning.
+            chosen = [with_known_size(record, self.known) for record in chosen]
+        reader = HeaderReader(self.source, self.hparams["max_image_pixels"], exif)
+        measured, failures = measure(reader, chosen, every_header)
+        self.records, self.failures = [], list(failures)
+        for record in measured:
+            reason = self._too_thin(record)
             if reason is None:
-                try:
-                    self.resize(record.size)
-                except ValueError as error:
-                    reason = str(error)
-            if reason is None:
-                found[0].append(record)
-            elif self.on_error == "raise":
-                raise self._unreadable(record.file_name, reason)
+                self.records.append(record)
             else:
-                found[1].append((record, reason))
-        return found
+                self.failures.append((record, reason))
+        self.failures.sort(key=lambda failure: failure[0].image_id)
+        self.categories = self.source.categories
+        if self.failures and self.on_error == "raise":
+            record, reason = self.failures[0]
+            raise self._unreadable(record.file_name, reason)
+        self._ready = True
+        self._warn()
 
-    def find(self) -> tuple[list[ImageRecord], list[Failure]]:
-        """Return all images that there are, and those whose size cannot be read."""
-        failures: list[Failure] = []
-        max_pixels = self.hparams["max_image_pixels"]
-        if self.annotation_file is None:
-            return read_folder(self.image_dir, self._known_ids, max_pixels)
-        records, self.categories = read_coco(self.image_dir, self.annotation_file, failures, max_pixels)
-        named = [record.file_name for record in [*records, *(record for record, _reason in failures)]]
-        if not any(os.path.isfile(os.path.join(self.image_dir, name)) for name in named):
-            raise FileNotFoundError(
-                f"none of the {len(named)} images of {self.annotation_file} is in {self.image_dir}: no {named[0]!r}. "
-                "Set data.image_dir to the folder that their names are relative to."
+    def _too_thin(self, record: ImageRecord) -> str | None:
+        try:
+            self.resize(record.size)
+        except SettingError as error:
+            return str(error)
+        return None
+
+    def _warn(self) -> None:
+        """Warn of images that a user may expect to be there, or to be turned."""
+        if isinstance(self.source, FolderImages) and self.source.images_left_out:
+            warnings.warn(
+                f"{self.image_dir} has images whose extension is not read: {self.source.images_left_out}. "
+                "They are left out; convert them, or rename what is a JPEG.",
+                DETRLightningWarning,
+                stacklevel=2,
             )
-        return records, failures
-
-    def reader(self) -> Reader:
-        """Return what reads an image at a size: uint8 `[3, height, width]`. It travels to the data workers."""
-        image_folder(self.image_dir)
-        return partial(read_file, self.image_dir, self.hparams["image_backend"], self.hparams["max_image_pixels"])
-
-    def keep_ids(self, known: Mapping[str, int]) -> None:
-        """Let the files of a folder without annotations keep the ids that an earlier run gave them.
-
-        Args:
-            known: Ids by file name.
-        """
-        if self.annotation_file is None and known != self._known_ids:
-            self._known_ids = known
-            self._ready = False
+        turned = sum(record.orientation > 1 for record in self.records)
+        if turned and self.hparams["exif"] == "ignore":
+            warnings.warn(turned_message(turned, len(self.records)), DETRLightningWarning, stacklevel=2)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return this rank's batches of the images that no callback, such as `EmbeddingWriter`, has already."""
@@ -239,8 +361,10 @@ class COCODataModule(LightningDataModule):
         if self.annotation_file is None:
             raise SettingError("data.annotation_file is not set: validation needs COCO annotations to compare with.")
         if self._ground_truth is None:
-            content = read_coco_file(self.annotation_file, "boxes")
-            self._ground_truth = content.ground_truth({record.image_id for record in self.records})
+            source = COCOImages(self.image_dir, self.annotation_file)
+            if isinstance(self.source, COCOImages):
+                source = self.source
+            self._ground_truth = source.ground_truth(record.image_id for record in self.records)
         return self._ground_truth
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
@@ -256,9 +380,11 @@ class COCODataModule(LightningDataModule):
         return batch
 
     def _unreadable(self, file_name: str, reason: str) -> UnreadableImageError:
+        place, skip = f" in {self.image_dir}", "data.on_error=skip"
+        if isinstance(self.source, ListedImages):
+            place, skip = "", "on_error='skip'"
         return UnreadableImageError(
-            f"{file_name!r} in {self.image_dir}: {reason}. Repair or remove it, or leave it out: data.on_error=skip.",
-            reason,
+            f"{file_name!r}{place}: {reason}. Repair or remove it, or leave it out: {skip}.", reason
         )
 
     def _batch_size(self, trainer: Trainer | None) -> int:
@@ -298,10 +424,17 @@ class COCODataModule(LightningDataModule):
         batches = plan_batches(
             self.records, self.resize, batch_size, self.hparams["batching"], finished, rank, world_size
         )
+        workers = self.workers(trainer)
         # Without a batch Lightning would skip the hooks in which ranks meet: an empty one keeps them.
         padded = self.hparams["batching"] == "padded"
-        dataset = ImageBatches(batches or [[]], self.reader(), self.resize, padded)
-        workers = self.workers(trainer)
+        reader = ImageReader(
+            self.source,
+            self.hparams["image_backend"],
+            self.hparams["max_image_pixels"],
+            self.hparams["exif"],
+            self._processor,
+        )
+        dataset = ImageBatches(batches or [[]], reader, self.resize, padded)
         return DataLoader(
             dataset,
             # The batches are this rank's already. Lightning leaves a DistributedSampler alone, and would replace any
@@ -310,7 +443,7 @@ class COCODataModule(LightningDataModule):
             batch_size=1,
             collate_fn=unwrap,
             num_workers=workers,
-            # Lance cannot be forked.
+            # Lance, where embeddings go into a table, does not survive a fork.
             multiprocessing_context="spawn" if workers and "lance" in sys.modules else None,
             worker_init_fn=leave_signals_to_parent,
             pin_memory=device == "cuda",

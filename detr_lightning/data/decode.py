@@ -1,17 +1,19 @@
-"""From an image file to the pixels that DETR sees: found, opened, made RGB, resized."""
+"""From an opened image file to the pixels that DETR sees: RGB, turned where it is asked for, resized."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch.nn import functional as F
 
 from detr_lightning.data.records import ImageRecord
@@ -20,77 +22,119 @@ from detr_lightning.errors import UnreadableImageError, check_choice
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
 """What is decoded, whatever a file's extension says. Pillow knows more, but hands EPS to an external program."""
 
+BACKENDS = ("pil", "torchvision")
+"""What `data.image_backend` may be."""
+
+EXIF = ("ignore", "apply")
+"""What `data.exif` may be."""
+
+Processor = Callable[[Image.Image, tuple[int, int]], torch.Tensor]
+"""Makes a model's input of an RGB image and a height and width: `[3, height, width]`."""
+
+ImageFile: TypeAlias = "str | os.PathLike[str] | BinaryIO | Image.Image"
+"""A path, an open file, or an image that is in memory already."""
+
+_ORIENTATION = 0x0112
+_MAX_SAMPLE_VALUE = 281
+_ROWS = 256
+"""Rows of an image of many bits that are converted at a time."""
+
 _QUIET = ((UserWarning, r"PIL\."), (DeprecationWarning, r"torchvision\.io\."))
 
-
-def image_folder(image_dir: str | Path) -> Path:
-    """Return the folder as a path.
-
-    Raises:
-        FileNotFoundError: It does not exist, or is no folder.
-    """
-    folder = Path(image_dir)
-    if not image_dir or not folder.is_dir():
-        what = "is empty" if not image_dir else "is not a folder" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"data.image_dir {what}: {image_dir}")
-    return folder
-
-
-def locate(image_dir: str | Path, record: ImageRecord) -> Path:
-    """Return where an image's file really lies: inside the folder, all symbolic links followed.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        UnreadableImageError: A link on the way leads out of the folder.
-    """
-    root = os.path.realpath(image_dir)
-    path = os.path.realpath(os.path.join(root, record.file_name))
-    if not path.startswith(os.path.join(root, "")):
-        reason = f"a symbolic link leads out of the image folder, to {path}; name the folder that holds the file itself"
-        raise UnreadableImageError(f"{record.file_name!r} in {image_dir}: {reason}", reason)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"image {record.image_id} has no file {record.file_name!r} in {image_dir}")
-    return Path(path)
+_SIGNS = (
+    (
+        re.compile(rb"....ftyp(heic|heix|hevc|hevx|heim|heis|mif1|msf1)", re.DOTALL),
+        "HEIC",
+        "Install what reads it: pip install 'detr-lightning[heif]'",
+    ),
+    (re.compile(rb"....ftyp(avif|avis)", re.DOTALL), "AVIF", "Install Pillow 11.3 or later, or save it as PNG"),
+    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ", re.DOTALL), "JPEG XL", "Save it as PNG"),
+    (re.compile(rb"%PDF"), "PDF", "Save its pages as PNG"),
+    (re.compile(rb"\s*<(\?xml|svg)"), "SVG or XML", "Save it as PNG"),
+)
+"""How files begin that are images, or look like them, and are none of `FORMATS`; and what to do."""
 
 
-@contextmanager
-def open_image(path: Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Return `FORMATS`, AVIF where Pillow reads it, and HEIF where pillow-heif is installed."""
+    readable: tuple[str, ...] = FORMATS
+    if features.check("avif"):
+        readable += ("AVIF",)
+    try:
+        import pillow_heif
+    except ImportError:
+        return readable
+    pillow_heif.register_heif_opener()
+    return (*readable, "HEIF")
+
+
+@contextlib.contextmanager
+def open_image(source: ImageFile, max_pixels: int | None = None) -> Iterator[Image.Image]:
     """Open an image file; whatever goes wrong until it is closed again, decoding included, becomes one kind of error.
 
     Args:
-        path: The file.
+        source: The file; an image in memory is passed through.
         max_pixels: Pixels above which an image is refused as a decompression bomb. Sets Pillow's own limit, for the
             whole process; None leaves it as it is.
 
     Raises:
-        UnreadableImageError: An empty, broken or too large file, or none of `FORMATS`.
+        UnreadableImageError: An empty, broken or too large file, or none of `formats()`.
     """
     if max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = max_pixels
     _silence()
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        if isinstance(source, Image.Image):
+            opened: contextlib.AbstractContextManager[Image.Image] = contextlib.nullcontext(source)
+        else:
+            opened = Image.open(source, formats=formats())
+        with opened as image:
             limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice its limit
-            if limit is not None and image.width * image.height > limit:
+            if opened is image and limit is not None and image.width * image.height > limit:
                 raise Image.DecompressionBombError
             yield image
-    except (UnreadableImageError, MemoryError):
+    except MemoryError:
         raise
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{_name(source)}: {error.reason}", error.reason) from error
     except Exception as error:
-        reason = _reason(error, path)
-        raise UnreadableImageError(f"{path}: {reason}", reason) from error
+        reason = _reason(error, source)
+        raise UnreadableImageError(f"{_name(source)}: {reason}", reason) from error
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _name(source: ImageFile) -> str:
+    return "image in memory" if isinstance(source, Image.Image) else str(getattr(source, "name", source))
+
+
+def _reason(error: Exception, source: ImageFile) -> str:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"more than {Image.MAX_IMAGE_PIXELS} pixels: refused as a decompression bomb (data.max_image_pixels)"
-    if os.path.isfile(path) and not os.path.getsize(path):
+    begin = _begin(source)
+    if begin == b"":
         return "empty file (0 bytes)"
     if isinstance(error, UnidentifiedImageError):
+        for sign, kind, advice in _SIGNS:
+            if sign.match(begin or b""):
+                return f"{kind}, which is not read here. {advice}"
         return "not an image, or its header is broken"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     return f"cannot be decoded ({type(error).__name__}: {error})"
+
+
+def _begin(source: ImageFile) -> bytes | None:
+    """Return the first bytes of a file, or None where it has none to read."""
+    try:
+        if isinstance(source, str | os.PathLike):
+            with open(source, "rb") as file:
+                return file.read(32)
+        if not isinstance(source, Image.Image):
+            source.seek(0)
+            return source.read(32)
+    except (OSError, ValueError):
+        pass
+    return None
 
 
 def _silence() -> None:
@@ -103,38 +147,98 @@ def _silence() -> None:
             warnings.filterwarnings("ignore", category=category, module=module)
 
 
-BACKENDS = ("pil", "torchvision")
-"""What `data.image_backend` may be."""
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF tag by which a viewer turns an image, 1 to 8. No pixel is decoded.
+
+    It is 1 for a TIFF, which Pillow itself turns when it decodes it.
+    """
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1  # A PNG without the chunk at its beginning would be decoded to look for one at its end.
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Whatever damaged metadata raise: the pixels may be whole.
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
-def read_pixels(
-    path: Path,
+def turned_size(image: Image.Image, exif: str) -> tuple[int, int, int]:
+    """Return width and height as the model sees an image, and its EXIF orientation."""
+    orientation = orientation_of(image)
+    width, height = image.size
+    return (height, width, orientation) if exif == "apply" and orientation >= 5 else (width, height, orientation)
+
+
+def read_image(
+    source: ImageFile,
     record: ImageRecord,
     size: tuple[int, int],
     backend: str = "pil",
     max_pixels: int | None = None,
-) -> torch.Tensor:
-    """Read an image, make it RGB and resize it. Orientation tags are ignored, as in the official code.
+    exif: str = "ignore",
+    processor: Processor | None = None,
+) -> tuple[torch.Tensor, int]:
+    """Read an image, make it RGB and resize it.
 
     Args:
-        path: The file, as `locate` returns it.
+        source: The file, open or by its path, or an image in memory.
         record: What the file should hold.
         size: Height and width of the result.
         backend: `pil` gives the official pixels bit for bit. `torchvision` is faster for JPEG and stays within 1
             level of 255; it reads other formats, and CMYK, through Pillow.
         max_pixels: See `open_image`.
+        exif: `ignore` takes the pixels as they are stored, as the official code does; `apply` turns the image as its
+            EXIF tag tells.
+        processor: What makes the model's input of an RGB image and a size instead.
 
     Returns:
-        uint8 `[3, height, width]`, whose memory is ordered height, width, channel.
+        uint8 `[3, height, width]`, whose memory is ordered height, width, channel, or what `processor` returns; and the
+        image's EXIF orientation.
 
     Raises:
         UnreadableImageError: The file is empty, broken, too large or no image, or of another size than the record.
     """
     check_choice("data.image_backend", backend, BACKENDS)
-    with open_image(path, max_pixels) as image:
-        _check_size(path, image, record)
-        pixels = _torchvision_pixels(path, image, size) if backend == "torchvision" else None
-        return to_pixels(image, size) if pixels is None else pixels
+    with open_image(source, max_pixels) as image:
+        width, height, orientation = turned_size(image, exif)
+        if (width, height) != (record.width, record.height):
+            hint = ""
+            if exif == "ignore" and orientation >= 5 and (height, width) == (record.width, record.height):
+                hint = ": its EXIF tag turns it (data.exif=apply)"
+            reason = (
+                f"the file is {width}x{height} (width x height), "
+                f"but {record.width}x{record.height} was expected from the annotations or an earlier look{hint}"
+            )
+            raise UnreadableImageError(reason)
+        turn = exif == "apply" and orientation > 1
+        if backend == "torchvision" and processor is None:
+            pixels = _torchvision_pixels(source, image, size, turn)
+            if pixels is not None:
+                return pixels, orientation
+        if turn:
+            image = ImageOps.exif_transpose(image)  # noqa: PLW2901
+        return (to_pixels(image, size) if processor is None else processor(rgb(image), size)), orientation
+
+
+def read_pixels(
+    source: ImageFile,
+    record: ImageRecord,
+    size: tuple[int, int],
+    backend: str = "pil",
+    max_pixels: int | None = None,
+    exif: str = "ignore",
+) -> torch.Tensor:
+    """Return the pixels of an image alone; see `read_image`."""
+    return read_image(source, record, size, backend, max_pixels, exif)[0]
+
+
+def read_rgb(source: ImageFile, exif: str = "ignore") -> Image.Image:
+    """Return a whole image in RGB, as a model saw it before it was resized.
+
+    Raises:
+        UnreadableImageError: As for `read_image`.
+    """
+    with open_image(source) as image:
+        return rgb(ImageOps.exif_transpose(image) if exif == "apply" else image)
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
@@ -155,9 +259,13 @@ def to_pixels(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
 def rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB.
 
-    Pillow's own conversion, except for modes of more than 8 bits, which it clips: 16-bit values keep their high byte,
-    as Pillow does for 16-bit colour, wider integers theirs; floats are taken as 0 to 1 where none is larger, else as 0
-    to 255. Transparency is dropped.
+    Pillow's own conversion, except for modes of more than 8 bits, which it clips. They follow one rule, whatever values
+    an image holds: 16-bit integers keep their high byte, as Pillow does for 16-bit colour, or are scaled by the
+    largest value that a TIFF declares (12 bits in 16); floats are 0 to 1. What has no such range is refused.
+    Transparency is dropped. Besides the image itself this takes up to 8 bytes per pixel.
+
+    Raises:
+        UnreadableImageError: Integers of 32 bits or with a sign, or floats outside of 0 to 1.
     """
     if image.mode == "LAB":
         from PIL import ImageCms
@@ -168,36 +276,45 @@ def rgb(image: Image.Image) -> Image.Image:
         return converted
     if not image.mode.startswith(("I", "F")):
         return image.convert("RGB")
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-    peak = np.max(values)
-    if image.mode == "F":
-        values *= 255 if peak <= 1 else 1
-    else:
-        values /= 2**8 if peak < 2**16 else 2**23
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
-
-
-def _check_size(path: Path, image: Image.Image, record: ImageRecord) -> None:
-    if image.size != (record.width, record.height):
-        reason = (
-            f"the file is {image.width}x{image.height} (width x height), "
-            f"but {record.width}x{record.height} was expected from the annotations or an earlier look"
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # There Pillow reads 16 bits as I.
+        raise UnreadableImageError(
+            "integers of 32 bits, or with a sign, whose range is not known. Save it with 8 or 16 unsigned bits"
         )
-        raise UnreadableImageError(f"{path}: {reason}", reason)
+    declared = getattr(image, "tag_v2", {}).get(_MAX_SAMPLE_VALUE)
+    top = float(declared[0] if isinstance(declared, tuple) else declared or 2**16 - 1)
+    gray = Image.new("L", image.size)
+    for start in range(0, image.height, _ROWS):
+        box = (0, start, image.width, min(start + _ROWS, image.height))
+        values = np.asarray(image.crop(box)).astype(np.float32)
+        if image.mode == "F":
+            if not (values.min() >= 0 and values.max() <= 1):  # Also where one is NaN.
+                raise UnreadableImageError("floats outside of 0 to 1, the range in which they are read. Rescale them")
+            top = 1
+        values *= 1 / 2**8 if top == 2**16 - 1 else 255 / top
+        gray.paste(Image.fromarray(values.clip(0, 255).astype(np.uint8)), box)
+    return gray.convert("RGB")
 
 
-def _torchvision_pixels(path: Path, image: Image.Image, size: tuple[int, int]) -> torch.Tensor | None:
+def _torchvision_pixels(
+    source: ImageFile, image: Image.Image, size: tuple[int, int], turn: bool
+) -> torch.Tensor | None:
     """Decode and resize a JPEG without Pillow; return None for what is left to it.
 
     That is every other format: torchvision's PNG decoder ends the process on some damaged files (seen with 0.29).
     """
-    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+    if image.format != "JPEG" or image.mode not in ("L", "RGB") or isinstance(source, Image.Image):
         return None
     from torchvision import io
 
-    data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    if isinstance(source, str | os.PathLike):
+        content = Path(source).read_bytes()
+    else:
+        source.seek(0)
+        content = source.read()
+        source.seek(0)
+    data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     try:
-        pixels = io.decode_jpeg(data, mode=io.ImageReadMode.RGB)
+        pixels = io.decode_jpeg(data, mode=io.ImageReadMode.RGB, apply_exif_orientation=turn)
     except RuntimeError:  # Pillow decides whether the file is broken, and says how
         return None
     batch = pixels.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)  # in channels-last strides, also for torch

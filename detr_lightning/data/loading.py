@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +16,40 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from detr_lightning.data.batching import collate
-from detr_lightning.data.decode import locate, read_pixels
+from detr_lightning.data.decode import Processor, read_image
 from detr_lightning.data.records import ImageRecord, Size
+from detr_lightning.data.sources import ImageSource
 from detr_lightning.errors import UnreadableImageError
 from detr_lightning.system import SideThreads
 
 Batch = list[ImageRecord]
-Reader = Callable[[ImageRecord, Size], Tensor]
-"""Reads an image at a size: uint8 `[3, height, width]`."""
+Reader = Callable[[ImageRecord, Size], tuple[Tensor, int]]
+"""Reads an image at a size: `[3, height, width]`, and the image's EXIF orientation."""
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads images. It travels to the data workers.
+
+    Args:
+        source: Where the images come from.
+        backend: See `read_image`, also for the others.
+        max_pixels: Likewise.
+        exif: Likewise.
+        processor: Likewise.
+    """
+
+    source: ImageSource
+    backend: str = "pil"
+    max_pixels: int | None = None
+    exif: str = "ignore"
+    processor: Processor | None = None
+
+    def __call__(self, record: ImageRecord, size: Size) -> tuple[Tensor, int]:
+        """Return an image's pixels at a size, and its EXIF orientation."""
+        file = self.source.open(record)
+        with file if isinstance(file, io.IOBase) else contextlib.nullcontext():
+            return read_image(file, record, size, self.backend, self.max_pixels, self.exif, self.processor)
 
 
 SHARED_MEMORY = "/dev/shm"
@@ -68,27 +97,23 @@ class ImageBatches(Dataset[dict[str, Any]]):
         threads = 1 if get_worker_info() else torch.get_num_threads()
         with SideThreads(threads, "reader") as pool:
             read = list(zip(batch, pool.map(self._pixels, batch, sizes), sizes, strict=True))
-        items = [(record, pixels, size) for record, pixels, size in read if isinstance(pixels, Tensor)]
-        failed = [(record.image_id, reason) for record, reason, _ in read if isinstance(reason, str)]
-        collated = collate(items, self._padded, failed)
+        items = [(record, found[0], size) for record, found, size in read if not isinstance(found, str)]
+        failed = [(record.image_id, found) for record, found, _ in read if isinstance(found, str)]
+        turned = {record.image_id: found[1] for record, found, _ in read if not isinstance(found, str) and found[1] > 1}
+        collated = {**collate(items, self._padded, failed), "turned": turned}
         if get_worker_info() and isinstance(collated.get("pixels"), Tensor):
             # An error here reaches the main process. Later, in the thread that sends the batch, it would be lost.
             collated["pixels"].share_memory_()
         return collated
 
-    def _pixels(self, record: ImageRecord, size: Size) -> Tensor | str:
-        """Return an image's pixels, or the reason why there are none."""
+    def _pixels(self, record: ImageRecord, size: Size) -> tuple[Tensor, int] | str:
+        """Return an image's pixels and orientation, or the reason why there are none."""
         try:
             return self._read(record, size)
         except UnreadableImageError as error:
             return error.reason
         except FileNotFoundError:
             return "no such file"
-
-
-def read_file(image_dir: str, backend: str, max_pixels: int | None, record: ImageRecord, size: Size) -> Tensor:
-    """Read an image of a folder at a size; see `read_pixels`."""
-    return read_pixels(locate(image_dir, record), record, size, backend, max_pixels)
 
 
 def leave_signals_to_parent(_worker: int) -> None:

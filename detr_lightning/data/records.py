@@ -20,12 +20,14 @@ class ImageRecord:
         file_name: Path relative to the image folder, with forward slashes.
         width: Pixels from left to right; 0 where the file could not be read to find out.
         height: Pixels from top to bottom; 0 likewise.
+        orientation: The EXIF tag by which a viewer turns the image, 1 to 8; 1 also where the header was not read.
     """
 
     image_id: int
     file_name: str
     width: int
     height: int
+    orientation: int = 1
 
     @property
     def size(self) -> tuple[int, int]:

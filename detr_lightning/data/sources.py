@@ -1,174 +1,385 @@
-"""Which images there are: the records of a COCO file or of a folder."""
+"""Which images there are. A source lists names and ids; sizes are read from headers only where nothing states them."""
 
 from __future__ import annotations
 
 import bisect
+import contextlib
+import difflib
+import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
-from detr_lightning.data.coco import read_coco_file
-from detr_lightning.data.decode import image_folder, locate, open_image
+from PIL import Image
+
+from detr_lightning.data.coco import COCOFile, read_coco_file
+from detr_lightning.data.decode import ImageFile, formats, open_image, rgb, turned_size
+from detr_lightning.data.files import find_file, image_folder, list_images, open_file
 from detr_lightning.data.records import Failure, ImageRecord
-from detr_lightning.errors import InputError, SettingError, UnreadableImageError
+from detr_lightning.errors import InputError, SettingError, SettingTypeError, UnreadableImageError
+from detr_lightning.format.names import ID_DIGITS
+from detr_lightning.parallel import in_threads
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""What counts as an image in a folder without annotations, in upper or lower case."""
+"""The extensions that count as an image in a folder without annotations, in upper or lower case."""
+
+EXTENSIONS_IF_READABLE = {"AVIF": (".avif",), "HEIF": (".heic", ".heif")}
+"""Those that count where the format is read here; see `decode.formats`."""
+
+OTHER_EXTENSIONS = frozenset(
+    (
+        *(".avif", ".cr2", ".cr3", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".nef", ".orf"),
+        *(".pgm", ".ppm", ".psd", ".raf", ".rw2", ".svg", ".tga"),
+    )
+)
+"""Extensions of images that do not count."""
+
+READERS = 8
+"""Threads that read headers."""
 
 
-def read_coco(
-    image_dir: str | Path,
-    annotation_file: str | Path,
-    failures: list[Failure] | None = None,
-    max_pixels: int | None = None,
-) -> tuple[list[ImageRecord], dict[int, str]]:
-    """Read the images and categories of a COCO file.
+class Known(Protocol):
+    """An image as an earlier run recorded it, with `width` and `height` where it could be read."""
 
-    No image is opened, except for those whose `width` or `height` the file leaves out: theirs comes from the header.
-
-    Args:
-        image_dir: The folder that the file names are relative to.
-        annotation_file: COCO's JSON: an object with `images`, and `categories` where they are known.
-        failures: Where given, images whose header had to be read and could not be are added here instead of raised.
-        max_pixels: See `open_image`.
-
-    Returns:
-        The images in the order of their ids, and the name of each category id.
-
-    Raises:
-        FileNotFoundError: The folder or the file is not there.
-        ValueError: The file is not COCO's, an entry is unusable, or an id occurs twice.
-        UnreadableImageError: A header that had to be read, without `failures`.
-    """
-    folder = image_folder(image_dir)
-    content = read_coco_file(annotation_file)
-    if not content.images:
-        raise InputError(f"{annotation_file} lists no images: 'images' is empty.")
-    records = {record.image_id: record for record in content.images}
-    unmeasured = [record for record in records.values() if not record.width]
-    for record, reason in _measure(folder, unmeasured, max_pixels):
-        if reason and failures is None:
-            raise UnreadableImageError(f"{record.file_name!r} in {folder}: {reason}", reason)
-        if reason and failures is not None:
-            failures.append((record, reason))
-            del records[record.image_id]
-        else:
-            records[record.image_id] = record
-    return [records[image_id] for image_id in sorted(records)], content.categories
+    @property
+    def image_id(self) -> int:
+        """Its id."""
 
 
-def read_folder(
-    image_dir: str | Path, known: Mapping[str, int] | None = None, max_pixels: int | None = None
-) -> tuple[list[ImageRecord], list[Failure]]:
-    """Find the images of a folder and its subfolders, without hidden ones, and read their sizes from the headers.
+NONE_KNOWN: Mapping[str, Known] = {}
+
+
+class ImageSource(Protocol):
+    """Where images come from. It travels to the data workers."""
+
+    categories: dict[int, str]
+
+    def find(self, known: Mapping[str, Known]) -> list[ImageRecord]:
+        """Return all images by id; a width of 0 where only the header states it.
+
+        Args:
+            known: Images of earlier runs by file name: a source that numbers its images keeps their ids, and one that
+                would have to read their headers takes their sizes.
+        """
+
+    def open(self, record: ImageRecord) -> ImageFile:
+        """Open an image.
+
+        Raises:
+            FileNotFoundError: It is not there.
+            UnreadableImageError: It cannot be opened.
+        """
+
+
+class FolderImages:
+    """The images of a folder and its subfolders, without hidden ones.
 
     Where the stem of every file is an integer of at most 12 digits, that is its id. Else the files are numbered from 1
     in the order of their relative paths.
 
     Args:
         image_dir: The folder.
-        known: Ids that an earlier run gave, by file name: these files keep them, and new ones take the next free ones.
-        max_pixels: See `open_image`.
 
-    Returns:
-        The images in the order of their ids, and those whose header cannot be read (width and height 0), with the
-        reason of each.
+    Attributes:
+        left_out: How many files of each other extension the folder has.
+    """
+
+    def __init__(self, image_dir: str | Path) -> None:
+        self.image_dir = str(image_dir)
+        self.categories: dict[int, str] = {}
+        self.left_out: Counter[str] = Counter()
+
+    def find(self, known: Mapping[str, Known] = NONE_KNOWN) -> list[ImageRecord]:
+        """Return all images by id.
+
+        Raises:
+            FileNotFoundError: The folder is not there.
+            SettingError: No image, two files with one id, or a linked subfolder that leads out of the folder.
+        """
+        more = [name for kind in formats() for name in EXTENSIONS_IF_READABLE.get(kind, ())]
+        extensions = (*EXTENSIONS, *more)
+        names, self.left_out = list_images(image_folder(self.image_dir), extensions)
+        if not names:
+            others = f"; it has {_counted(self.left_out)}" if self.left_out else ""
+            raise SettingError(
+                f"No image in {self.image_dir} or its subfolders: looked for {', '.join(extensions)}{others}."
+            )
+        ids = _folder_ids(names, {name: entry.image_id for name, entry in known.items()})
+        return sorted((_sized(ids[name], name, known) for name in names), key=lambda record: record.image_id)
+
+    @property
+    def images_left_out(self) -> str:
+        """The extensions of images that were left out and their numbers, such as `11 .heic, 1 .jfif`."""
+        return _counted({name: number for name, number in self.left_out.items() if name in OTHER_EXTENSIONS})
+
+    def open(self, record: ImageRecord) -> ImageFile:
+        """Open an image; see `open_file`."""
+        return open_file(self.image_dir, record)
+
+
+class COCOImages:
+    """The images of a COCO annotation file.
+
+    Args:
+        image_dir: The folder that the file names are relative to.
+        annotation_file: COCO's `instances_*.json`, or a file in its format.
+
+    Attributes:
+        categories: The name of each category id, after `find`.
+    """
+
+    def __init__(self, image_dir: str | Path, annotation_file: str | Path) -> None:
+        self.image_dir = str(image_dir)
+        self.annotation_file = str(annotation_file)
+        self.categories: dict[int, str] = {}
+        self._content: COCOFile | None = None
+
+    def find(self, known: Mapping[str, Known] = NONE_KNOWN) -> list[ImageRecord]:
+        """Return all images by id; sizes are the file's.
+
+        Raises:
+            FileNotFoundError: The folder or the file is not there.
+            InputError: The file is not COCO's, an entry is unusable, or an id occurs twice.
+        """
+        image_folder(self.image_dir)
+        content = self._content or read_coco_file(self.annotation_file)
+        if not content.images:
+            raise InputError(f"{self.annotation_file} lists no images: 'images' is empty.")
+        self.categories = content.categories
+        return sorted(content.images, key=lambda record: record.image_id)
+
+    def check_folder(self, records: Sequence[ImageRecord]) -> None:
+        """Refuse a folder that is another one than the annotations'.
+
+        Raises:
+            FileNotFoundError: None of the images is there.
+        """
+        if not any(os.path.isfile(find_file(self.image_dir, record.file_name)) for record in records):
+            raise FileNotFoundError(
+                f"none of the {len(records)} images of {self.annotation_file} is in {self.image_dir}: "
+                f"no {records[0].file_name!r}. Set data.image_dir to the folder that their names are relative to."
+            )
+
+    def read_annotations(self) -> None:
+        """Read the annotations too, before `find`.
+
+        Raises:
+            FileNotFoundError: The file is not there.
+            InputError: It is not COCO's, or an entry is unusable.
+        """
+        self._content = self._content or read_coco_file(self.annotation_file, "boxes")
+
+    def ground_truth(self, image_ids: Iterable[int]) -> dict[str, Any]:
+        """Return the annotations of these images as a COCO dataset; all others are forgotten.
+
+        Raises:
+            InputError: None of the images has an annotation.
+        """
+        self.read_annotations()
+        assert self._content is not None
+        content, self._content = self._content, None
+        return content.ground_truth(frozenset(image_ids))
+
+    def open(self, record: ImageRecord) -> ImageFile:
+        """Open an image; see `open_file`."""
+        return open_file(self.image_dir, record)
+
+
+Listed: TypeAlias = "str | os.PathLike[str] | Image.Image"
+
+
+class ListedImages:
+    """Images that lie anywhere, or in memory alone, numbered from 1.
+
+    Args:
+        images: Paths and PIL images.
 
     Raises:
-        FileNotFoundError: The folder is not there.
-        ValueError: No image, two files with one id, or a linked subfolder that leads out of the folder.
+        SettingTypeError: One of them is neither.
+        SettingError: There is none.
     """
-    folder, known = image_folder(image_dir), known or {}
-    names = sorted(_walk(folder))
-    if not names:
-        raise SettingError(f"No image in {folder} or its subfolders: looked for {', '.join(EXTENSIONS)}.")
-    ids = _folder_ids(names, known)
-    records, failures = [], []
-    unmeasured = sorted((ImageRecord(ids[name], name, 0, 0) for name in names), key=lambda record: record.image_id)
-    for record, reason in _measure(folder, unmeasured, max_pixels):
-        if reason:
-            failures.append((record, reason))
+
+    def __init__(self, images: Sequence[Listed]) -> None:
+        if not images:
+            raise SettingError("images: the list is empty.")
+        for number, image in enumerate(images, start=1):
+            if not isinstance(image, str | os.PathLike | Image.Image):
+                raise SettingTypeError(
+                    f"images: number {number} is of type {type(image).__name__}, but must be a path or a PIL image. "
+                    "PIL.Image.fromarray makes one of an array."
+                )
+        self.images = [image if isinstance(image, Image.Image) else Path(image).expanduser() for image in images]
+        self.categories: dict[int, str] = {}
+
+    def find(self, known: Mapping[str, Known] = NONE_KNOWN) -> list[ImageRecord]:
+        """Return all images by id. The name of one in memory tells it apart when a folder is resumed.
+
+        Raises:
+            FileNotFoundError: One of them is no file.
+        """
+        records = []
+        for number, image in enumerate(self.images, start=1):
+            if isinstance(image, Path):
+                if not image.is_file():
+                    raise FileNotFoundError(f"images: number {number}, {image}, is no file.")
+                records.append(_sized(number, str(image), known))
+                continue
+            try:
+                digest = f" ({hashlib.sha256(rgb(image).tobytes()).hexdigest()[:16]})"
+            except (OSError, UnreadableImageError):  # Found again, and named, when its pixels are read.
+                digest = ""
+            records.append(ImageRecord(number, f"image {number}{digest}", 0, 0))
+        return records
+
+    def open(self, record: ImageRecord) -> ImageFile:
+        """Open an image."""
+        return self.images[record.image_id - 1]
+
+
+@dataclass(frozen=True)
+class HeaderReader:
+    """Reads what headers state.
+
+    Args:
+        source: Where the images come from.
+        max_pixels: See `open_image`.
+        exif: `apply` states the sizes of the turned images.
+    """
+
+    source: ImageSource
+    max_pixels: int | None = None
+    exif: str = "ignore"
+
+    def __call__(self, record: ImageRecord) -> tuple[ImageRecord, str | None]:
+        """Return an image with its size and orientation, or as it was and the reason why they cannot be read."""
+        try:
+            file = self.source.open(record)
+            with contextlib.ExitStack() as stack:
+                if not isinstance(file, str | os.PathLike | Image.Image):
+                    stack.enter_context(file)
+                image = stack.enter_context(open_image(file, self.max_pixels))
+                width, height, orientation = turned_size(image, self.exif)
+                return replace(record, width=width, height=height, orientation=orientation), None
+        except UnreadableImageError as error:
+            return record, error.reason
+        except FileNotFoundError:
+            return record, "no such file"
+
+
+def measure(
+    reader: HeaderReader, records: Sequence[ImageRecord], everything: bool = False
+) -> tuple[list[ImageRecord], list[Failure]]:
+    """Read the headers of images whose size is not known, in parallel, with a progress bar where it takes long.
+
+    Args:
+        reader: Reads a header.
+        records: The images.
+        everything: Read the headers of all images, to know their orientation. A size that is known stays.
+
+    Returns:
+        The images in their order, with their sizes, and those whose header cannot be read, with the reason of each.
+    """
+    unknown = [record for record in records if everything or not record.width]
+    read = dict(
+        zip(
+            (record.image_id for record in unknown),
+            in_threads(reader, unknown, READERS, "Reading headers"),
+            strict=True,
+        )
+    )
+    measured, failures = [], []
+    for record in records:
+        found, reason = read.get(record.image_id, (record, None))
+        if reason is None:
+            measured.append(replace(record, orientation=found.orientation) if record.width else found)
         else:
-            records.append(record)
-    return records, failures
+            failures.append((found, reason))
+    return measured, failures
 
 
 def select(
-    records: Sequence[ImageRecord], image_ids: Iterable[int] | None = None, limit: int | None = None
+    records: Sequence[ImageRecord],
+    image_ids: Iterable[int | str] | None = None,
+    limit: int | None = None,
+    shuffle_seed: int | None = None,
 ) -> list[ImageRecord]:
-    """Return a subset: the images with these ids, of those the first `limit` by id.
+    """Return a subset, by id.
+
+    Args:
+        records: All images.
+        image_ids: The ids or file names of the images to choose.
+        limit: How many of these to choose, the first by id.
+        shuffle_seed: Choose them at random instead, always the same with the same seed.
 
     Raises:
-        ValueError: An id that no image has, no id at all, or a limit below 1.
+        SettingError: An id or name that no image has, none at all, or a limit below 1.
     """
-    chosen = {record.image_id: record for record in sorted(records, key=lambda record: record.image_id)}
+    chosen = sorted(records, key=lambda record: record.image_id)
     if image_ids is not None:
         wanted = set(image_ids)
         if not wanted:
             raise SettingError("data.image_ids is empty. Name at least one id, or leave it null for all images.")
-        unknown = sorted(wanted - chosen.keys())
+        ids, names = [record.image_id for record in chosen], {record.file_name for record in chosen}
+        unknown_names = sorted(name for name in wanted - names if isinstance(name, str))
+        if unknown_names:
+            near = difflib.get_close_matches(unknown_names[0], names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise SettingError(f"data.image_ids names {unknown_names[0]!r}, which is no image's file name.{hint}")
+        unknown = sorted(number for number in wanted.difference(ids) if isinstance(number, int))
         if unknown:
-            raise SettingError(_unknown_ids(unknown, list(chosen)))
-        chosen = {image_id: record for image_id, record in chosen.items() if image_id in wanted}
-    if limit is not None and limit < 1:
+            raise SettingError(_unknown_ids(unknown, ids))
+        chosen = [record for record in chosen if record.image_id in wanted or record.file_name in wanted]
+    if limit is None:
+        if shuffle_seed is not None:
+            raise SettingError("data.shuffle_seed chooses data.limit images at random: set data.limit too.")
+        return chosen
+    if limit < 1:
         raise SettingError(f"data.limit is {limit}; it must be at least 1, or null for all images.")
-    return list(itertools.islice(chosen.values(), limit))
+    if shuffle_seed is not None:
+        chosen = random.Random(shuffle_seed).sample(chosen, min(limit, len(chosen)))
+        chosen.sort(key=lambda record: record.image_id)
+    return chosen[:limit]
 
 
-def _measure(
-    folder: Path, records: list[ImageRecord], max_pixels: int | None
-) -> Iterator[tuple[ImageRecord, str | None]]:
-    """Read sizes from headers, in parallel; yield each record with its size, or as it was with a reason."""
+def read_image_ids(source: str | os.PathLike[str]) -> list[int | str]:
+    """Read ids or file names, one per line.
 
-    def measure(part: list[ImageRecord]) -> list[tuple[ImageRecord, str | None]]:
-        return [_measured(folder, record, max_pixels) for record in part]
-
-    parts = [records[start : start + 256] for start in range(0, len(records), 256)]
-    if parts:
-        with ThreadPoolExecutor(8) as pool:
-            yield from itertools.chain.from_iterable(pool.map(measure, parts))
-
-
-def _measured(folder: Path, record: ImageRecord, max_pixels: int | None) -> tuple[ImageRecord, str | None]:
-    try:
-        with open_image(locate(folder, record), max_pixels) as image:
-            return replace(record, width=image.width, height=image.height), None
-    except UnreadableImageError as error:
-        return record, error.reason
-    except FileNotFoundError as error:
-        return record, str(error)
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Yield the relative POSIX path of each image in a folder."""
-    pending = [""]
-    while pending:
-        parent = pending.pop()
-        with os.scandir(os.path.join(folder, parent)) as entries:
-            for entry in entries:
-                name = parent + entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(name + "/")
-                elif entry.is_dir():
-                    _check_linked_folder(folder, name)
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    yield name
-
-
-def _check_linked_folder(folder: Path, name: str) -> None:
-    """Let a linked subfolder pass whose images are found anyway, and refuse one whose images would be missing."""
-    target = os.path.realpath(os.path.join(folder, name))
-    root = os.path.realpath(folder)
-    if target != root and not target.startswith(os.path.join(root, "")):
-        raise SettingError(
-            f"{name!r} in {folder} is a symbolic link out of that folder, to {target}. "
-            "Move it away, or set data.image_dir to a folder that holds all images itself."
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: It is no text.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.image_ids names {path}, which is no file. Give a list, or a file of one id a line."
         )
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"data.image_ids: {path} is no text ({error}). It needs one id or file name per line."
+        ) from error
+    return [int(line) if line.isascii() and line.isdigit() else line for line in lines if line]
+
+
+def _sized(image_id: int, file_name: str, known: Mapping[str, Known]) -> ImageRecord:
+    return with_known_size(ImageRecord(image_id, file_name, 0, 0), known)
+
+
+def with_known_size(record: ImageRecord, known: Mapping[str, Known]) -> ImageRecord:
+    """Return an image with the size that an earlier run recorded, or 0."""
+    entry = known.get(record.file_name)
+    width, height, orientation = (getattr(entry, name, None) for name in ("width", "height", "orientation"))
+    return replace(record, width=width or 0, height=height or 0, orientation=orientation or 1)
+
+
+def _counted(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {name or 'without extension'}" for name, number in sorted(numbers.items()))
 
 
 def _folder_ids(names: list[str], known: Mapping[str, int]) -> dict[str, int]:
@@ -190,7 +401,7 @@ def _folder_ids(names: list[str], known: Mapping[str, int]) -> dict[str, int]:
 
 def _integer(name: str) -> int | None:
     stem = name.rpartition("/")[2].rpartition(".")[0]
-    return int(stem) if stem.isascii() and stem.isdigit() and len(stem.lstrip("0")) <= 12 else None
+    return int(stem) if stem.isascii() and stem.isdigit() and len(stem.lstrip("0")) <= ID_DIGITS else None
 
 
 def _unknown_ids(unknown: list[int], known: list[int]) -> str:

@@ -46,10 +46,10 @@ class PreviousRun:
         return self._source.settings
 
     @property
-    def file_ids(self) -> dict[str, int]:
-        """The ids that files were given, by file name."""
+    def known(self) -> dict[str, ImageEntry | SkippedImage]:
+        """Their entries of finished and skipped images, by file name."""
         entries: list[ImageEntry | SkippedImage] = [*self.finished.values(), *self.failed.values()]
-        return {entry.file_name: entry.image_id for entry in entries}
+        return {entry.file_name: entry for entry in entries}
 
 
 def read_previous(folder: Path) -> PreviousRun:

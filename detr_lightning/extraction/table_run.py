@@ -345,11 +345,11 @@ class TableRun:
         fsync_folder(self._folder)
 
 
-def file_ids(output_dir: str) -> dict[str, int]:
-    """Return the ids that a table gave to files, by file name; none where there is no table yet."""
+def known_images(output_dir: str) -> dict[str, ImageEntry | SkippedImage]:
+    """Return a table's entries by file name; none where there is no table yet."""
     if not table.exists(output_dir):
         return {}
-    return {entry.file_name: entry.image_id for entry, _ in Table(output_dir).entries()}
+    return {entry.file_name: entry for entry, _ in Table(output_dir).entries()}
 
 
 def _is_recent(begun: str) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from detr_lightning.batch import HostBatch, keep_queries, sizes_of_batch, split, to_stored
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
+from detr_lightning.data.sources import Known
 from detr_lightning.errors import SettingError, SettingTypeError, check_choice
 from detr_lightning.extraction.previous import read_previous
 from detr_lightning.extraction.provenance import provenance
@@ -105,24 +107,29 @@ class EmbeddingWriter(BasePredictionWriter):
         folder = self.output_dir.resolve() if isinstance(self.output_dir, Path) else None
         if data.image_dir and folder == Path(data.image_dir).resolve():
             raise SettingError(f"output_dir {self.output_dir} is data.image_dir. Choose a folder of its own.")
-        if self.if_exists == "resume" and data.annotation_file is None:
-            data.keep_ids(self._file_ids())
+        if self.if_exists == "resume":
+            data.known = self._known()
         data.find_images()
         self.extraction = self._run(trainer, model, data)
         self.extraction.inspect()
         return self.extraction
 
-    def _file_ids(self) -> dict[str, int]:
+    def _known(self) -> Mapping[str, Known]:
         if self.layout == LANCE:
-            from detr_lightning.extraction.table_run import file_ids
+            from detr_lightning.extraction.table_run import known_images
 
-            return file_ids(str(self.output_dir))
-        return read_previous(Path(self.output_dir)).file_ids
+            return known_images(str(self.output_dir))
+        return read_previous(Path(self.output_dir)).known
 
     def _run(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun | TableRun:
         images = [
             ImageEntry(
-                record.image_id, record.file_name, record.width, record.height, input_size=data.resize(record.size)
+                record.image_id,
+                record.file_name,
+                record.width,
+                record.height,
+                input_size=data.resize(record.size),
+                orientation=record.orientation if record.orientation > 1 else None,
             )
             for record in data.records
         ]
@@ -243,6 +250,8 @@ class EmbeddingWriter(BasePredictionWriter):
         assert pool is not None
         for image_id, reason in batch["failed"]:
             run.fail(image_id, reason)
+        for image_id, orientation in batch.get("turned", {}).items():
+            run.images[image_id] = replace(run.images[image_id], orientation=orientation)
         arrived = HostBatch(prediction)
         for (image_id, tensors), features in zip(split(arrived.tensors), sizes_of_batch(prediction), strict=True):
             self._writing.add(pool.submit(self._write, image_id, features, tensors, arrived))

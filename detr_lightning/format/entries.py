@@ -26,6 +26,7 @@ class ImageEntry:
         checksum: The first 16 hex digits of the sha256 of its `.pt` file as written.
         num_queries: The queries that were kept, where `writer.min_score` was set.
         image_sha256: The sha256 of the image's own file, where `data.fingerprint` was `content`.
+        orientation: The EXIF tag by which a viewer turns the image, 2 to 8; None where it does not.
     """
 
     image_id: int
@@ -38,6 +39,7 @@ class ImageEntry:
     checksum: str | None = None
     num_queries: int | None = None
     image_sha256: str | None = None
+    orientation: int | None = None
 
     @property
     def size(self) -> Size:
@@ -66,7 +68,7 @@ class ImageEntry:
                 content["feature_sizes"] = levels
             if levels != (backbone,):
                 content["backbone_size"] = backbone
-        for name in ("bytes", "checksum", "num_queries", "image_sha256"):
+        for name in ("bytes", "checksum", "num_queries", "image_sha256", "orientation"):
             if (value := getattr(self, name)) is not None:
                 content[name] = value
         return content
@@ -96,6 +98,7 @@ class ImageEntry:
             get_field(content, "checksum", str, optional=True),
             get_field(content, "num_queries", int, optional=True),
             get_field(content, "image_sha256", str, optional=True),
+            get_field(content, "orientation", int, optional=True),
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from PIL import Image
 from ran import Ran, RunCLI
 
 from detr_lightning import COCODataModule, DETRExtractor, EmbeddingStore
@@ -188,7 +189,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(
         file.write_bytes(b"")
     ran = validate(content, "--data.on_error", "skip")
     assert ran.code == 1
-    assert "0 were validated and 4 could not be read" in ran.err
+    assert "None of 4 images can be read" in ran.err
 
 
 def test_weights_that_hold_nan(validate: Validate, content: dict[str, Any], tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_weights_that_hold_nan(validate: Validate, content: dict[str, Any], tmp_
     torch.save(state, tmp_path / "nan.pth")
     ran = validate(content, "--model.weights", tmp_path / "nan.pth")
     assert ran.code == 1
-    assert "pred_logits has values that are not finite" in ran.err
+    assert "values that are not finite" in ran.err
     assert ran.out == ""
 
 
@@ -230,3 +231,53 @@ def test_names_that_are_another_models(images: Path, content: dict[str, Any], tm
     with pytest.warns(DETRLightningWarning, match=f"{first} is '{names[first]}' in the annotations and 'parrot'"):
         trainer.validate(model, data, verbose=False)
     assert model.metrics["AP"] == pytest.approx(AP, abs=0.01)
+
+
+def store_turned(images: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Store the images lying on their side, with an EXIF tag by which viewers turn them back; return their sizes."""
+    for image in content["images"]:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        with Image.open(images / image["file_name"]) as picture:
+            lying = picture.transpose(Image.Transpose.ROTATE_90)
+        lying.save(images / image["file_name"], quality=95, exif=exif)
+    lying_sizes = copy.deepcopy(content)
+    for image in lying_sizes["images"]:
+        image["width"], image["height"] = image["height"], image["width"]
+    return lying_sizes
+
+
+def test_images_that_viewers_turn(
+    validate: Validate, run_cli: RunCLI, content: dict[str, Any], images: Path, tmp_path: Path
+) -> None:
+    lying = store_turned(images, content)
+    ran = validate(lying)
+    assert ap(ran) < 0.2
+    assert "Warning: 4 of 4 images have an EXIF tag" in ran.err
+    assert "data.exif=apply" in ran.err
+    without_sizes = copy.deepcopy(content)
+    for image in without_sizes["images"]:
+        del image["width"], image["height"]
+    for right in (content, lying, without_sizes):
+        ran = validate(right, "--data.exif", "apply")
+        assert ap(ran) == pytest.approx(AP, abs=0.03)
+        assert "EXIF" not in ran.err
+    ran = validate(content)
+    assert ran.code == 1
+    assert "its EXIF tag turns it (data.exif=apply)" in ran.err
+
+    out = ("--output_dir", tmp_path / "out", "--model.keys", "[query_embeddings]")
+    annotated = ("--data.annotation_file", tmp_path / "annotations.json")
+    (tmp_path / "annotations.json").write_text(json.dumps(lying))
+    ran = run_cli("predict", *arguments(images), *out, *annotated)
+    assert ran.code == 0, ran.err
+    assert "4 of 4 images have an EXIF tag" in " ".join(ran.err.replace("│", " ").split())
+    metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    assert [image["orientation"] for image in metadata["images"]] == [6] * 4
+    ran = run_cli("predict", *arguments(images), *out, *annotated, "--data.exif", "apply")
+    assert "data.exif was ignore, now apply" in ran.err
+    ran = run_cli("predict", *arguments(images), *out, "--data.exif", "apply", "--writer.if_exists", "overwrite")
+    assert ran.code == 0, ran.err
+    metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    sizes = [(image["width"], image["height"]) for image in metadata["images"]]
+    assert sizes == [(image["width"], image["height"]) for image in content["images"]]

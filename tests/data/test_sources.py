@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from detr_lightning.data.decode import locate
-from detr_lightning.data.records import ImageRecord
-from detr_lightning.data.sources import read_coco, read_folder, select
+from detr_lightning.data.files import open_file
+from detr_lightning.data.records import Failure, ImageRecord
+from detr_lightning.data.sources import COCOImages, FolderImages, HeaderReader, measure, read_image_ids, select
 from detr_lightning.errors import InputError, UnreadableImageError
 
 
@@ -33,6 +33,23 @@ def annotate(folder: Path, document: Any) -> Path:
 
 def image(**changes: Any) -> dict[str, Any]:
     return {"id": 7, "file_name": "a.jpg", "width": 8, "height": 6} | changes
+
+
+def read_coco(folder: Path, annotations: Path) -> tuple[list[ImageRecord], dict[int, str]]:
+    source = COCOImages(folder, annotations)
+    return source.find(), source.categories
+
+
+def read_folder(folder: Path, known: dict[str, int] | None = None) -> tuple[list[ImageRecord], list[Failure]]:
+    source = FolderImages(folder)
+    return measure(
+        HeaderReader(source), source.find({name: ImageRecord(n, name, 0, 0) for name, n in (known or {}).items()})
+    )
+
+
+def locate(folder: Path, record: ImageRecord) -> Path:
+    with open_file(folder, record) as file:
+        return Path(file.name)
 
 
 class TestReadCoco:
@@ -127,14 +144,12 @@ class TestReadCoco:
         entries = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png", "width": 3, "height": None}]
         gone = {"id": 3, "file_name": "c.png"}
         annotations = annotate(tmp_path, {"images": [*entries, gone, image()]})
-        failures: list[tuple[ImageRecord, str]] = []
-        records, _ = read_coco(tmp_path, annotations, failures)
+        source = COCOImages(tmp_path, annotations)
+        records, failures = measure(HeaderReader(source), source.find())
         assert records == [ImageRecord(1, "a.png", 30, 20), ImageRecord(7, "a.jpg", 8, 6)]
         assert [record for record, _ in failures] == [ImageRecord(2, "b.png", 0, 0), ImageRecord(3, "c.png", 0, 0)]
         assert failures[0][1] == "empty file (0 bytes)"
-        assert "no file 'c.png'" in failures[1][1]
-        with pytest.raises(UnreadableImageError, match=r"'b\.png' in .*: empty file"):
-            read_coco(tmp_path, annotations)
+        assert failures[1][1] == "no such file"
 
 
 class TestLocate:
@@ -215,7 +230,7 @@ class TestReadFolder:
         assert [record for record, _ in failures] == [ImageRecord(n, f"{n}.jpg", 0, 0) for n in (1, 3, 4)]
         reasons = [reason for _, reason in failures]
         assert reasons[:2] == ["empty file (0 bytes)", "not an image, or its header is broken"]
-        assert "no file '4.jpg'" in reasons[2]
+        assert reasons[2] == "no such file"
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("")
@@ -274,6 +289,30 @@ class TestSelect:
         assert [record.image_id for record in select(self.records, limit=9)] == [10, 20, 30]
         assert [record.image_id for record in select(self.records, image_ids=[30, 10, 30])] == [10, 30]
         assert [record.image_id for record in select(self.records, image_ids=[30, 10], limit=1)] == [10]
+
+    def test_file_names_choose_too(self) -> None:
+        assert [record.image_id for record in select(self.records, image_ids=["20.jpg", 10])] == [10, 20]
+        with pytest.raises(ValueError, match=r"'3.jpg', which is no image's file name\. Did you mean '30.jpg'"):
+            select(self.records, image_ids=["3.jpg"])
+
+    def test_a_random_subset_is_always_the_same(self) -> None:
+        many = [ImageRecord(n, f"{n}.jpg", 8, 6) for n in range(100)]
+        chosen = select(many, limit=10, shuffle_seed=1)
+        assert chosen == select(many[::-1], limit=10, shuffle_seed=1)
+        assert chosen == sorted(chosen, key=lambda record: record.image_id)
+        assert chosen not in (many[:10], select(many, limit=10, shuffle_seed=2))
+        with pytest.raises(ValueError, match=r"set data\.limit too"):
+            select(many, shuffle_seed=1)
+
+    def test_a_file_of_ids_and_names(self, tmp_path: Path) -> None:
+        path = tmp_path / "ids.txt"
+        path.write_text("\ufeff30\n\n 10.jpg \n", encoding="utf-8")
+        assert read_image_ids(path) == [30, "10.jpg"]
+        with pytest.raises(FileNotFoundError, match=r"data\.image_ids names .*gone\.txt"):
+            read_image_ids(tmp_path / "gone.txt")
+        path.write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(InputError, match="is no text"):
+            read_image_ids(path)
 
     @pytest.mark.parametrize(
         ("image_ids", "limit", "message"),
@@ -339,10 +378,10 @@ class TestFuzz:
     @settings(max_examples=400, deadline=None)
     @given(document=documents)
     def test_any_json_loads_or_is_refused_clearly(self, folder: Path, document: Any) -> None:
-        annotations = annotate(folder, document)
-        failures: list[tuple[ImageRecord, str]] = []
+        source = COCOImages(folder, annotate(folder, document))
         try:
-            records, categories = read_coco(folder, annotations, failures)
+            records, failures = measure(HeaderReader(source), source.find())
+            categories = source.categories
         except ValueError as refusal:
             error = refusal
         else:

@@ -50,7 +50,7 @@ def test_few_images_on_two_ranks(
 @pytest.mark.slow
 def test_finished_run_on_two_ranks_returns_at_once(job: Job) -> None:
     job.finish()
-    decoding = "from detr_lightning.data import loading; loading.read_pixels = None"
+    decoding = "from detr_lightning.data import loading; loading.read_image = None"
     again = job.ranks("--trainer.devices", "2", patch=decoding)
     assert [run.wait() for run in again] == [0, 0], again[0].err
     assert "Nothing to do" in again[0].err

@@ -49,7 +49,7 @@ def test_a_finished_run_returns_at_once(
     run_cli: Run, coco_folder: Coco, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(out)
-    monkeypatch.setattr(loading, "read_pixels", None)
+    monkeypatch.setattr(loading, "read_image", None)
     ran = run_cli("predict", *coco_folder.data, "--output_dir", out)
     assert ran.code == 0
     assert "Nothing to do" in ran.err
