@@ -38,15 +38,25 @@ def start(zygote: Zygote, tiny_weights: Path) -> Iterator[Callable[..., Started]
 
 @pytest.fixture
 def ranks(start: Callable[..., Started]) -> Callable[..., list[Started]]:
-    """Start a command on two ranks as torchrun does, which imports nothing twice."""
+    """Start a command on several ranks as torchrun does, which imports nothing twice."""
 
     def ranks(
-        *args: str | Path, patch: str | tuple[str, str] = "", nodes: int = 1, folders: Sequence[Path] = (), **env: str
+        *args: str | Path,
+        patch: str | tuple[str, str] = "",
+        number: int = 2,
+        nodes: int = 1,
+        folders: Sequence[Path] = (),
+        **env: str,
     ) -> list[Started]:
-        patches = (patch, patch) if isinstance(patch, str) else patch
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GROUP_RANK": "0"}
-        common |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": str(2 // nodes), **env}
-        devices = ("--trainer.num_nodes", str(nodes), "--trainer.devices", str(2 // nodes))
+        patches = (patch,) * number if isinstance(patch, str) else patch
+        common = {
+            "WORLD_SIZE": str(number),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "GROUP_RANK": "0",
+        }
+        common |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": str(number // nodes), **env}
+        devices = ("--trainer.num_nodes", str(nodes), "--trainer.devices", str(number // nodes))
         return [
             start(
                 *args,
@@ -57,7 +67,7 @@ def ranks(start: Callable[..., Started]) -> Callable[..., list[Started]]:
                 RANK=str(rank),
                 LOCAL_RANK=str(rank if nodes == 1 else 0),
             )
-            for rank in (0, 1)
+            for rank in range(number)
         ]
 
     return ranks
