@@ -101,12 +101,11 @@ def to_batch(schema: pa.Schema, rows: Sequence[Row]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def to_tensor(value: pa.ChunkedArray, shape: Sequence[int]) -> Tensor:
-    """Return the value of one row as a tensor with memory of its own."""
-    (array,) = value.chunks
-    while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
-        array = array.flatten()
-    return torch.from_numpy(array.to_numpy(zero_copy_only=False).copy()).reshape(shape)
+def to_tensors(column: pa.ChunkedArray, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return the values of rows, none of them null, as tensors of these shapes, each with memory of its own."""
+    values = torch.from_numpy(np.concatenate([_values(chunk) for chunk in column.chunks]))
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    return [part.view(*shape).clone() for part, shape in zip(values.split(sizes), shapes, strict=True)]
 
 
 class Table:
@@ -285,11 +284,12 @@ class TableReader:
         places = [self.row_of(image_id) for image_id in image_ids]
         with explained(self._table.uri):
             rows = self._table.dataset.take(places, columns=list(keys))
-        return [[self._tensor(rows[key].slice(at, 1), key, entry) for key in keys] for at, entry in enumerate(entries)]
+        columns = [to_tensors(rows[key], [self._shape_of(key, entry) for entry in entries]) for key in keys]
+        return [list(tensors) for tensors in zip(*columns, strict=True)]
 
-    def _tensor(self, column: pa.ChunkedArray, key: str, entry: ImageEntry) -> Tensor:
+    def _shape_of(self, key: str, entry: ImageEntry) -> tuple[int, ...]:
         assert entry.features is not None, "a finished image has them"
-        return to_tensor(column, shape_of(key, self._shape, entry.features, entry.num_queries))
+        return shape_of(key, self._shape, entry.features, entry.num_queries)
 
 
 def write_rows(output_dir: str | os.PathLike[str], schema: pa.Schema, rows: Sequence[Row]) -> list[Any]:
@@ -412,3 +412,9 @@ def _nested(tensors: Sequence[Tensor | None], kind: pa.DataType) -> pa.Array:
             offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int32)
             column = pa.ListArray.from_arrays(pa.array(offsets), column, mask=mask)
     return column
+
+
+def _values(array: pa.Array) -> np.ndarray:
+    while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
+        array = array.flatten()
+    return np.asarray(array.to_numpy(zero_copy_only=False))

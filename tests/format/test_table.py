@@ -48,7 +48,7 @@ def test_tensors_come_back_bit_for_bit(dtype: str, fixed: bool) -> None:
     for number, place in ((0, 0), (1, 2), (2, 3)):
         for key in KEYS:
             column = table.pa.chunked_array([batch[key].slice(place, 1)])
-            read = table.to_tensor(column, written[number][key].shape)
+            (read,) = table.to_tensors(column, [written[number][key].shape])
             assert read.dtype == written[number][key].dtype
             assert torch.equal(read, written[number][key])
     assert all(batch[key][1].as_py() is None for key in KEYS)
