@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from pages import blocks
 
+from detr_lightning.command.main import main
 from detr_lightning.format.keys import resolve_keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,8 +24,6 @@ def name(path: Path) -> str:
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Leave what `predict --config demo` leaves, in an empty folder."""
-    from detr_lightning.command.main import main
-
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -41,6 +41,18 @@ def test_snippets_run_one_after_another(path: Path, demo_folder: Path, monkeypat
     names: dict[str, object] = {"__name__": "page"}
     for block in blocks(path, "python"):
         exec(compile(block, name(path), "exec"), names)
+
+
+def test_the_verbs_of_the_readme_work(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("detr-lightning ")]
+    assert {verb for _, verb, *_ in commands} >= {"summary", "verify", "objects", "evaluate", "export", "validate"}
+    monkeypatch.chdir(demo_folder)
+    for command in commands:
+        monkeypatch.setattr("sys.argv", command)
+        assert main() == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
