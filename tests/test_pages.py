@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,34 +23,40 @@ def name(path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Leave what `predict --config demo` leaves, in an empty folder."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder after `predict --config demo`."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.argv", ["detr-lightning", "predict", "--config", "demo"])
         assert main() == 0
-    (folder / "assets").symlink_to(ROOT / "assets")
     return folder
+
+
+@pytest.fixture
+def demo_folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: a clone's after `predict --config demo`, for one page alone."""
+    shutil.copytree(finished / "demo_output", tmp_path / "demo_output")
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:.*SwigPy:DeprecationWarning", "ignore:.*swigvarlink:DeprecationWarning")  # FAISS's
 @pytest.mark.parametrize("path", SNIPPETS, ids=name)
-def test_snippets_run_one_after_another(path: Path, demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(demo_folder)
+@pytest.mark.usefixtures("demo_folder")
+def test_snippets_run_one_after_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["python"])
     names: dict[str, object] = {"__name__": "page"}
     for block in blocks(path, "python"):
         exec(compile(block, name(path), "exec"), names)
 
 
-def test_the_verbs_of_the_readme_work(
-    demo_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("demo_folder")
+def test_the_verbs_of_the_readme_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("detr-lightning ")]
     assert {verb for _, verb, *_ in commands} >= {"summary", "verify", "objects", "evaluate", "export", "validate"}
-    monkeypatch.chdir(demo_folder)
     for command in commands:
         monkeypatch.setattr("sys.argv", command)
         assert main() == 0, capsys.readouterr().err
