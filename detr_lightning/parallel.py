@@ -14,6 +14,8 @@ R = TypeVar("R")
 LONG_FILES = 1000
 LONG_SECONDS = 2.0
 _BLOCK = 1024
+_UPDATE_SECONDS = 0.1
+"""Between two updates of the bar, each of which takes as long as a look at a file."""
 
 
 def track(items: Iterable[T], total: int, description: str, progress: bool | None = None) -> Iterator[T]:
@@ -32,7 +34,7 @@ def track(items: Iterable[T], total: int, description: str, progress: bool | Non
     from rich.console import Console
     from rich.progress import Progress
 
-    begun = time.monotonic()
+    begun = updated = time.monotonic()
     bar = Progress(console=Console(stderr=True), transient=True)
     task = bar.add_task(description, total=total)
     shown = bool(progress) or total > LONG_FILES
@@ -41,8 +43,12 @@ def track(items: Iterable[T], total: int, description: str, progress: bool | Non
             stack.enter_context(bar)
         for done, item in enumerate(items, start=1):
             yield item
+            now = time.monotonic()
+            if now - updated < _UPDATE_SECONDS and done != total:
+                continue
+            updated = now
             bar.update(task, completed=done)
-            if not shown and time.monotonic() - begun > LONG_SECONDS:
+            if not shown and now - begun > LONG_SECONDS:
                 shown = True
                 stack.enter_context(bar)
 

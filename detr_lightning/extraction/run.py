@@ -31,6 +31,7 @@ from detr_lightning.format.keys import QUERY_INDEX, FeatureSizes
 from detr_lightning.format.names import METADATA, RUN, STATE, TEMPORARY, file_name, is_url
 from detr_lightning.format.schema import Metadata, RunRecord
 from detr_lightning.format.state import read_entries, run_to_json, token_of
+from detr_lightning.parallel import track
 
 IF_EXISTS = ("resume", "overwrite", "error")
 """What `writer.if_exists` may be."""
@@ -91,7 +92,7 @@ class ExtractionRun:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"output_dir {folder} is a file. Choose a folder, or remove the file.")
         self.finished, self.complete = {}, False
-        if self.if_exists == "error" and folder.exists() and any(folder.iterdir()):
+        if self.if_exists == "error" and folder.exists() and any(os.scandir(folder)):
             raise FileExistsError(
                 f"output_dir {folder} is not empty, and writer.if_exists is 'error'. Choose another folder, "
                 "or writer.if_exists=resume to go on or overwrite to start again."
@@ -100,10 +101,11 @@ class ExtractionRun:
         if self.if_exists == "overwrite":
             return
         whole = WholeFiles()
+        entries = track(previous.finished.items(), len(previous.finished), "Checking files")
         self.finished = {
             image_id: entry
-            for image_id, entry in previous.finished.items()
-            if whole.is_whole(folder / file_name(image_id), entry.bytes)
+            for image_id, entry in entries
+            if whole.is_whole(f"{folder}/{file_name(image_id)}", entry.bytes)  # a Path costs as much
         }
         if self.finished:
             refuse_other_settings(folder, self.finished, lambda: previous.settings, self.record.settings)

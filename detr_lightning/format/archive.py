@@ -75,7 +75,7 @@ class WholeFiles:
     def __init__(self) -> None:
         self._known: defaultdict[int, list[Directory]] = defaultdict(list)
 
-    def is_whole(self, path: Path, size: int | None) -> bool:
+    def is_whole(self, path: Path | str, size: int | None) -> bool:
         """Return whether a file has the size recorded for it and its zip directory reads; contents are not read.
 
         A link is not whole, whatever it leads to.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from detr_lightning.errors import InputError
@@ -86,7 +87,7 @@ class ImageEntry:
             single = "feature_size" in content
             levels = (_size(content, "feature_size"),) if single else tuple(_sizes(content, "feature_sizes"))
             backbone = _size(content, "backbone_size") if "backbone_size" in content or not single else levels[0]
-            features = FeatureSizes(levels, backbone)
+            features = _shared(levels, backbone)
         return cls(
             _id(content),
             get_field(content, "file_name", str),
@@ -148,6 +149,12 @@ def _require_object(content: Any) -> None:
         raise InputError(f"an image's entry is {content!r:.40}, no object")
 
 
+@lru_cache(maxsize=4096)
+def _shared(levels: tuple[Size, ...], backbone: Size) -> FeatureSizes:
+    # A million images have a few hundred sizes.
+    return FeatureSizes(levels, backbone)
+
+
 def _id(content: Mapping[str, Any]) -> int:
     image_id = content.get("id")
     if type(image_id) is not int or not 0 <= image_id <= MAX_ID:
@@ -167,4 +174,9 @@ def _sizes(content: Mapping[str, Any], name: str) -> Iterator[Size]:
 def _as_size(size: Any, name: str) -> Size:
     if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int or side < 0 for side in size):
         raise InputError(f"{name} is {size!r:.40}, no height and width")
-    return size[0], size[1]
+    return _shared_size(size[0], size[1])
+
+
+@lru_cache(maxsize=4096)
+def _shared_size(height: int, width: int) -> Size:
+    return height, width

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage
@@ -21,12 +24,11 @@ _REQUIRED = ("image_ids", "num_images", "extract_type", "embedding_keys", "image
 class MetadataFile:
     """The `metadata.json` of a finished extraction.
 
+    The entries of the images are most of it. In a file that this program wrote each has a line of its own, so they are
+    parsed one by one when they are asked for, and a folder of a million images opens at once.
+
     Args:
         path: The file.
-
-    Attributes:
-        content: All of it, as JSON.
-        changed: Whether it was changed after it was written. Older metadata does not tell.
 
     Raises:
         InputError: It is not JSON, or another program's.
@@ -34,7 +36,32 @@ class MetadataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        data = path.read_bytes()
+        self._data = path.read_bytes()
+        self._lines: _Lines | None = None
+        if lines := _Lines.of(self._data):
+            header = self._parse(self._data[: lines.begin] + self._data[lines.end :], whole=False)
+            if lines.count == len(header["image_ids"]):
+                self._header, self._lines = header, lines
+        if self._lines is None:
+            self._header = self.content
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return self._parse(self._data)
+
+    @cached_property
+    def _header(self) -> dict[str, Any]:
+        """The content, perhaps without the images."""
+        return self.content
+
+    @cached_property
+    def changed(self) -> bool:
+        """Whether it was changed after it was written. Older metadata does not tell."""
+        return "checksum" in self._header and not json_is_unchanged(self._data)
+
+    def _parse(self, data: bytes, *, whole: bool = True) -> dict[str, Any]:
+        path = self.path
         try:
             content = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -47,46 +74,46 @@ class MetadataFile:
             raise InputError(f"{path}: image_ids is not a list of image ids (integers of at most {ID_DIGITS} digits).")
         if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
             raise InputError(f"{path}: images is not a list of objects.")
-        if [image.get("id") for image in images] != ids:
+        if whole and [image.get("id") for image in images] != ids:
             raise InputError(f"{path}: images does not list the images of image_ids in their order.")
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise InputError(f"{path}: embedding_keys is not a list of names.")
-        self.content: dict[str, Any] = content
-        self.changed = "checksum" in content and not json_is_unchanged(data)
+        parsed: dict[str, Any] = content
+        return parsed
 
     @property
     def image_ids(self) -> list[int]:
         """The ids of all images."""
-        ids: list[int] = self.content["image_ids"]
+        ids: list[int] = self._header["image_ids"]
         return ids
 
     @property
     def num_images(self) -> Any:
         """The number of images, as recorded."""
-        return self.content["num_images"]
+        return self._header["num_images"]
 
     @property
     def extract_type(self) -> Any:
         """The extract type, as recorded."""
-        return self.content["extract_type"]
+        return self._header["extract_type"]
 
     @cached_property
     def embedding_keys(self) -> tuple[str, ...]:
         """The keys of each image's file, in the file's order."""
-        return tuple(self.content["embedding_keys"])
+        return tuple(self._header["embedding_keys"])
 
     @cached_property
     def categories(self) -> dict[int, str]:
         """The categories' names by logit index; none where they are not recorded."""
         try:
-            return parse_categories(self.content)
+            return parse_categories(self._header)
         except InputError as error:
             raise InputError(f"{self.path}: {error}.") from error
 
     @property
     def image_dir(self) -> str | None:
         """The folder that the images were in, or None where it is not recorded."""
-        value: Any = self.content
+        value: Any = self._header
         for name in ("config", "data", "image_dir"):
             value = value.get(name) if isinstance(value, dict) else None
         return value if isinstance(value, str) else None
@@ -94,7 +121,7 @@ class MetadataFile:
     @property
     def min_score(self) -> float | None:
         """The score that a query needed to be kept, or None where all were kept."""
-        value = self.content.get("min_score")
+        value = self._header.get("min_score")
         return float(value) if isinstance(value, int | float) else None
 
     @property
@@ -104,7 +131,7 @@ class MetadataFile:
         Raises:
             InputError: It is incomplete.
         """
-        return RunRecord.from_json(self.content)
+        return RunRecord.from_json(self._header)
 
     @property
     def settings(self) -> RunSettings:
@@ -113,14 +140,14 @@ class MetadataFile:
         Raises:
             InputError: They are incomplete.
         """
-        return RunSettings.from_json(self.content)
+        return RunSettings.from_json(self._header)
 
     @cached_property
-    def _images(self) -> dict[int, dict[str, Any]]:
-        return dict(zip(self.image_ids, self.content["images"], strict=True))
+    def _positions(self) -> dict[int, int]:
+        return {image_id: position for position, image_id in enumerate(self.image_ids)}
 
     def __contains__(self, image_id: int) -> bool:
-        return image_id in self._images
+        return image_id in self._positions
 
     def entry(self, image_id: int) -> ImageEntry:
         """Return an image's entry.
@@ -129,15 +156,19 @@ class MetadataFile:
             KeyError: There is no such image.
             InputError: Its entry is incomplete.
         """
-        content = self._images[image_id]
+        position = self._positions[image_id]
         try:
-            return ImageEntry.from_json(content)
+            content = self.content["images"][position] if self._lines is None else self._lines[position]
+            entry = ImageEntry.from_json(content)
+            if entry.image_id != image_id:
+                raise InputError(f"its entry is that of image {entry.image_id}")
         except InputError as error:
             raise InputError(f"{self.path}: image {image_id}: {error}.") from error
+        return entry
 
     def entries(self) -> Iterator[Any]:
         """Yield the JSON objects of the images and of the skipped ones, whatever they are."""
-        yield from self.content["images"]
+        yield from self.content["images"] if self._lines is None else self._lines
         yield from self._list("failed")
 
     def failed(self) -> list[SkippedImage]:
@@ -149,8 +180,55 @@ class MetadataFile:
         return [SkippedImage.from_json(entry) for entry in self._list("failed")]
 
     def _list(self, name: str) -> list[Any]:
-        value = self.content.get(name)
+        value = self._header.get(name)
         return value if isinstance(value, list) else []
+
+
+class _Lines:
+    """The entries of the images in a file that this program wrote: a line each.
+
+    Attributes:
+        begin: Where their lines begin in the file.
+        end: Where the last one ends.
+        count: Their number.
+    """
+
+    _BEFORE = b'\n  "images": ['
+    _AFTER = b"\n  ],"
+
+    def __init__(self, data: bytes, begin: int, end: int) -> None:
+        self._data, self.begin, self.end = data, begin, end
+        self.count = data.count(b"\n", begin, end)
+
+    @classmethod
+    def of(cls, data: bytes) -> _Lines | None:
+        """Return the lines of a file, or None where it has another form. No string in JSON holds a line's end."""
+        begin = data.find(cls._BEFORE)
+        end = data.find(cls._AFTER, begin)
+        if not data.startswith(b'{\n  "image_ids": [') or begin < 0 or end < 0:
+            return None
+        return cls(data, begin + len(cls._BEFORE), end)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        block = np.frombuffer(self._data, np.uint8, self.end - self.begin, self.begin)
+        return np.append(np.flatnonzero(block == ord("\n")) + self.begin, self.end)
+
+    def __getitem__(self, position: int) -> Any:
+        line = self._data[self._starts[position] : self._starts[position + 1]].strip().removesuffix(b",")
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"line {position} of its images is not JSON ({error})") from error
+
+    def __iter__(self) -> Iterator[Any]:
+        begin = self.begin + 1
+        while begin < self.end:
+            end = self._data.find(b"\n", begin, self.end)
+            end = self.end if end < 0 else end
+            with contextlib.suppress(ValueError, RecursionError):
+                yield json.loads(self._data[begin:end].strip().removesuffix(b",").decode())
+            begin = end + 1
 
 
 def read_metadata(folder: Path, *, unfinished: bool = False) -> MetadataFile:
