@@ -7,9 +7,12 @@ import os
 from pathlib import Path
 
 from detr_lightning.analysis.reader import ObjectReader
-from detr_lightning.analysis.tables import SOURCE, describe, parquet, stream
+from detr_lightning.analysis.tables import SOURCE, describe, stream
 from detr_lightning.errors import InputError, SettingError
 from detr_lightning.store.store import EmbeddingStore
+
+# Below tables, which says what to install where pyarrow is missing.
+from pyarrow import parquet  # isort: skip
 
 
 def objects_table(

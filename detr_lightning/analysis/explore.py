@@ -158,7 +158,8 @@ def _project(column: pa.ChunkedArray) -> dict[str, pa.Array]:
     flat = column.combine_chunks()
     vectors = flat.flatten().to_numpy().reshape(len(flat), -1)
     if len(vectors) < FEWEST:
-        places, ids, distances = np.zeros((len(vectors), 2)), [[]] * len(vectors), [[]] * len(vectors)
+        nothing: list[list[float]] = [[]] * len(vectors)
+        places, ids, distances = np.zeros((len(vectors), 2)), nothing, nothing
     else:
         require_atlas()
         import pandas as pd

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from detr_lightning.analysis.tables import fingerprint, pa, parquet
+from detr_lightning.analysis.tables import fingerprint
 from detr_lightning.analysis.vectors import unit
 from detr_lightning.errors import InputError, MissingPackageError, SettingError
 from detr_lightning.format.files import replacing
+
+# Below tables, which says what to install where pyarrow is missing.
+import pyarrow as pa  # isort: skip
+from pyarrow import parquet  # isort: skip
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,8 +141,8 @@ class ObjectSearch:
             except Exception as error:  # A damaged archive makes numpy and FAISS raise nearly anything.
                 raise InputError(f"{path} is damaged ({error}). Remove it: it is made again.") from error
         index = self._build_index(faiss)
-        with replacing(path) as file:
-            np.savez(file, table=np.array(table), index=faiss.serialize_index(index))
+        with replacing(path) as new:
+            np.savez(new, table=np.array(table), index=faiss.serialize_index(index))
         return index
 
     def _build_index(self, faiss: Any) -> Any:

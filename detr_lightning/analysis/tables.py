@@ -150,7 +150,8 @@ def describe(store: EmbeddingStore, reader: ObjectReader | None = None) -> dict[
         "written": None if store.folder is None else (store.folder / METADATA).stat().st_mtime_ns,
     }
     if reader is not None:
-        annotations = reader.annotation_file and Path(reader.annotation_file).expanduser().resolve()
+        given = reader.annotation_file
+        annotations = None if given is None else Path(given).expanduser().resolve()
         source |= {"key": reader.key, "layer": reader.layer, "threshold": reader.threshold, "iou": reader.iou}
         source["annotations"] = [str(annotations), annotations.stat().st_mtime_ns] if annotations else None
     return source

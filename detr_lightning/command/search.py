@@ -94,4 +94,4 @@ def _draw(store: EmbeddingStore, options: argparse.Namespace, queries: object, f
 
     with Image.open(Path(options.image).expanduser()) as image:
         picture = np.asarray(image.convert("RGB"))
-    search_results(store, queries, found, picture, options.image_dir).savefig(path, dpi=150)  # type: ignore[arg-type]
+    search_results(store, queries, found, picture, options.image_dir).savefig(path, dpi=150)
