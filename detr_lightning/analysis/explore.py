@@ -34,6 +34,9 @@ FEWEST = 4
 """Fewer objects than these have no map."""
 
 _LEFT_OUT = ("embedding", "bbox")
+_FIRST = ("category", "score", "outcome", "annotated_category", "iou", "area_class", "file_name")
+"""The columns that are seen without scrolling, right of the thumbnails."""
+
 _MADE_FROM = b"detr_lightning_explore"
 _THREADS = 2
 
@@ -81,12 +84,13 @@ def prepare(
     made_from = json.dumps([fingerprint(table), pictures, str(image_dir)]).encode()
     if output.exists() and (parquet.read_schema(output).metadata or {}).get(_MADE_FROM) == made_from:
         return pictures
-    shown = objects.drop_columns([name for name in _LEFT_OUT if name in objects.column_names])
+    first = [name for name in _FIRST if name in objects.column_names]
+    shown = objects.select([*first, *(name for name in objects.column_names if name not in (*first, *_LEFT_OUT))])
     for name, column in _project(objects["embedding"]).items():
         shown = shown.append_column(name, column)
     schema = shown.schema.with_metadata({_MADE_FROM: made_from})
     if pictures:
-        schema = schema.append(pa.field("crop", pa.struct({"bytes": pa.binary()})))
+        schema = schema.insert(0, pa.field("crop", pa.struct({"bytes": pa.binary()})))
     with replacing(output) as file, parquet.ParquetWriter(file, schema) as writer:
         for part in _by_image(shown) if not pictures else _with_crops(store, shown, image_dir, progress):
             writer.write_table(part.cast(schema))
@@ -203,7 +207,7 @@ def _with_crops(
         rows: list[dict[str, Any]] = part.select(["x1", "y1", "x2", "y2"]).to_pylist()
         with open_picture(store, part["image_id"][0].as_py(), image_dir) as picture:
             images = [{"bytes": _jpeg(square_around(picture, *row.values()))} for row in rows]
-        return part.append_column("crop", pa.array(images, pa.struct({"bytes": pa.binary()})))
+        return part.add_column(0, "crop", pa.array(images, pa.struct({"bytes": pa.binary()})))
 
     waiting: list[pa.Table] = []
     for part in in_threads(crops, list(_by_image(table)), _THREADS, "Cutting out objects", progress):

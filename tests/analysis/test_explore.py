@@ -58,6 +58,7 @@ def test_the_table_has_thumbnails_and_is_made_once(store: EmbeddingStore, table:
     output = tmp_path / "explore.parquet"
     assert explore.prepare(store, table, output)
     read = parquet.read_table(output).to_pandas()
+    assert list(read)[:4] == ["crop", "category", "score", "area_class"]  # What is seen without scrolling.
     assert "embedding" not in read
     expected = objects(store)
     assert read.score.tolist() == expected.score.tolist()
