@@ -67,6 +67,10 @@ def free_shared_memory() -> int | None:
         return None
 
 
+SECONDS_TO_ANSWER = 5
+"""How long a data worker outlives a SIGTERM."""
+
+
 class ImageBatches(Dataset[dict[str, Any]]):
     """One rank's batches: an item is a whole batch, read from disk.
 
@@ -117,9 +121,13 @@ class ImageBatches(Dataset[dict[str, Any]]):
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """Let what is sent to a whole group, as Ctrl-C is, be answered in one place: workers end when their parent does."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Let what is sent to a whole group, as Ctrl-C is, be answered in one place: workers end when their parent does.
+
+    A parent that itself ends while a batch iterator is still referenced sends SIGTERM and waits without a limit. A
+    worker cannot tell the two apart: it ends, but only when the parent has had the time to answer.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_frame: signal.alarm(SECONDS_TO_ANSWER))
     # Of the thread that hands pixels over, once the parent is gone. A worker's own errors travel to the parent.
     sys.excepthook = lambda *_error: None
 
