@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+import detr_lightning
 from detr_lightning.batch import check_finite, sizes_to_batch
 from detr_lightning.data.coco import compare_names
 from detr_lightning.detections import METRICS, best_detections, coco_results, evaluate, to_coco_ids
@@ -120,6 +121,16 @@ class DETRExtractor(LightningModule):
         masks = [None] * len(pixels) if padding_mask is None else padding_mask.split(1)
         single = [self.network(*one, keys) for one in zip(pixels.split(1), masks, strict=True)]
         return {name: torch.cat([out[name] for out in single]) for name in single[0]}
+
+    def extract(self, images: Any, annotation_file: Any = None, **settings: Any) -> detr_lightning.EmbeddingStore:
+        """Extract embeddings with this model, which is loaded once; see `detr_lightning.extract`.
+
+        Args:
+            images: A folder, an image file, a PIL image, or a list of files and PIL images.
+            annotation_file: COCO annotations for a folder.
+            **settings: Further arguments of `detr_lightning.extract`, the model's excepted.
+        """
+        return detr_lightning.extract(images, annotation_file, model=self, **settings)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Any]:
         """Return the embeddings of a batch.

@@ -17,7 +17,7 @@ from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.schema import Metadata
 from detr_lightning.launch import InterruptibleWait, launched_by_rank_0, launched_ranks
 from detr_lightning.ranks import from_rank_0, waits_for_launch
-from detr_lightning.system import available_cores, restore_settings
+from detr_lightning.system import available_cores, has_instructions, restore_settings
 
 if TYPE_CHECKING:
     from detr_lightning.extraction.table_run import TableRun
@@ -42,17 +42,18 @@ class Job:
         self.trainer, self.model, self.data, self.writer = trainer, model, data, writer
         self.complete = False
 
-    def prepare(self, precision: Any = None) -> None:
+    def prepare(self, precision: Any = None, allow_slow_precision: bool = False) -> None:
         """Refuse a Trainer that cannot do it, and download what is missing.
 
         Args:
             precision: The precision that was asked for. Lightning itself replaces `16-mixed` on a CPU.
+            allow_slow_precision: Whether the processor may lack instructions for it.
 
         Raises:
             SettingError: The precision or the strategy cannot be used.
             OSError: The download failed.
         """
-        check_trainer(self.trainer, precision)
+        check_trainer(self.trainer, precision, allow_slow_precision)
         if self.trainer.local_rank == 0:
             self.data.prepare_data()
 
@@ -86,17 +87,11 @@ class Job:
         self.data.workers(self.trainer)  # which refuses what cannot be
         return complete
 
-    def predict(self) -> list[Any]:
-        """Run the model over the images that are not finished, if there are any.
-
-        Returns:
-            The outputs of `predict_step`; empty if a writer took them.
-        """
-        if self.complete:
-            return []
-        with restore_settings(), meeting(self.trainer):
-            batches = self.trainer.predict(self.model, self.data, return_predictions=self.writer is None)
-        return list(batches or ())
+    def predict(self) -> None:
+        """Run the model over the images that are not finished, if there are any; callbacks take what it returns."""
+        if not self.complete:
+            with restore_settings(), meeting(self.trainer):
+                self.trainer.predict(self.model, self.data, return_predictions=False)
 
     def finish(self) -> Metadata | None:
         """Return the metadata that this run wrote: on rank 0, with a writer, and if there was anything to do.
@@ -143,12 +138,13 @@ def meeting(trainer: Trainer) -> Iterator[None]:
             callbacks.remove(met)
 
 
-def check_trainer(trainer: Trainer, precision: Any = None) -> None:
+def check_trainer(trainer: Trainer, precision: Any = None, allow_slow_precision: bool = False) -> None:
     """Refuse what a Trainer cannot do with DETR.
 
     Args:
         trainer: The Trainer.
         precision: The precision that was asked for; by default the Trainer's.
+        allow_slow_precision: Whether the processor may lack instructions for it.
 
     Raises:
         SettingError: The precision, the strategy or the number of devices cannot be used.
@@ -156,9 +152,12 @@ def check_trainer(trainer: Trainer, precision: Any = None) -> None:
     precision = str(precision or trainer.precision)
     on_cpu = trainer.strategy.root_device.type == "cpu"
     if precision.startswith("16") and on_cpu:
+        others = ", bf16-mixed or bf16-true" if has_instructions("bf16-mixed", "cpu") else ""
+        raise SettingError(f"trainer.precision {precision} needs a GPU, and this run is on a CPU. Use 32-true{others}.")
+    if not (allow_slow_precision or has_instructions(precision, trainer.strategy.root_device.type)):
         raise SettingError(
-            f"trainer.precision {precision} needs a GPU, and this run is on a CPU. "
-            "Use bf16-mixed, bf16-true or 32-true."
+            f"trainer.precision {precision} would take about ten times as long as 32-true: this processor has no "
+            "instructions for bfloat16. Use 32-true, or --allow_slow_precision."
         )
     check_strategy(trainer)
     launched = launched_ranks()

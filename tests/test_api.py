@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from PIL import Image
 from ran import RunCLI
 
 from detr_lightning import DETRExtractor, EmbeddingStore, extract
-from detr_lightning.errors import UnreadableImageError
+from detr_lightning.analysis.objects import objects
+from detr_lightning.api import in_python
+from detr_lightning.errors import SettingError, UnreadableImageError
 
 SMALL = {"short_side": 64, "long_side": 128, "num_workers": 0}
 Tensors = dict[str, torch.Tensor]
@@ -33,15 +36,14 @@ def written(coco_folder: Coco, tiny_weights: Path, tmp_path_factory: pytest.Temp
     store = extract(
         coco_folder.images, coco_folder.annotations, weights=tiny_weights, output_dir=folder, progress=False, **SMALL
     )
-    assert isinstance(store, EmbeddingStore)
     return store
 
 
-def read(images: Any, weights: Path, **settings: Any) -> dict[int, Tensors]:
+def read(images: Any, weights: Path, **settings: Any) -> EmbeddingStore:
     """Extract into memory."""
-    found = extract(images, weights=weights, progress=False, **SMALL | settings)
-    assert isinstance(found, dict)
-    return found
+    store = extract(images, weights=weights, progress=False, **SMALL | settings)
+    assert store.folder is None
+    return store
 
 
 def assert_close(tensors: Tensors, expected: Tensors) -> None:
@@ -61,7 +63,7 @@ def test_the_numbers_are_the_commands(
         assert path.read_bytes() == written.path(image_id).read_bytes()
     ours, theirs = (json.loads((folder / "metadata.json").read_text()) for folder in (written.folder, tmp_path / "out"))
     assert ours.keys() == theirs.keys()
-    for key in ours.keys() - {"config"}:
+    for key in ours.keys() - {"config", "checksum"}:
         assert ours[key] == theirs[key], key
     assert written.image_path(4) == coco_folder.images / "000000000004.jpg"
 
@@ -153,7 +155,6 @@ def test_a_second_call_returns_at_once(
         patch.setattr(Trainer, "predict", predict)
         settings = dict(weights=tiny_weights, output_dir=written.folder, progress=False, **SMALL)
         again = extract(coco_folder.images, coco_folder.annotations, **settings)
-    assert isinstance(again, EmbeddingStore)
     assert again.metadata == written.metadata
     assert {path: path.stat().st_mtime_ns for path in written.folder.iterdir()} == before
     with pytest.raises(ValueError, match="float32"):
@@ -180,7 +181,6 @@ def test_ctrl_c_leaves_the_callers_program_alone(
             extract(coco_folder.images, coco_folder.annotations, **settings)
     assert signal.getsignal(signal.SIGINT) is handler
     store = extract(coco_folder.images, coco_folder.annotations, **settings)
-    assert isinstance(store, EmbeddingStore)
     assert store.image_ids == written.image_ids
 
 
@@ -188,7 +188,6 @@ def test_another_image_in_memory_is_not_taken_for_the_first(tiny_weights: Path, 
     black, white = (Image.new("RGB", (64, 64), color) for color in ("black", "white"))
     settings = dict(weights=tiny_weights, output_dir=tmp_path / "out", progress=False, **SMALL)
     store = extract([black], **settings)
-    assert isinstance(store, EmbeddingStore)
     assert store.entry(1).file_name.startswith("image 1 (")
     assert len(extract([black, white], **settings)) == 2
     with pytest.raises(ValueError, match="image 1"):
@@ -202,7 +201,6 @@ def test_a_home_folder_is_found(
     monkeypatch.setenv("HOME", str(tmp_path))
     os.symlink(coco_folder.images, tmp_path / "pictures")
     store = extract("~/pictures", weights=tiny_weights, output_dir="~/out", limit=1, progress=False, **SMALL)
-    assert isinstance(store, EmbeddingStore)
     assert store.folder == tmp_path / "out"
     assert list(read(["~/pictures/000000000001.jpg"], tiny_weights)) == [1]
 
@@ -244,7 +242,6 @@ def test_unreadable_images_stop_or_are_skipped(tiny_weights: Path, tmp_path: Pat
         settings = dict(weights=tiny_weights, output_dir=tmp_path / "out", on_error="skip", progress=False, **SMALL)
         with pytest.warns(UserWarning, match="3 images could not be read"):
             store = extract(sources, **settings)
-    assert isinstance(store, EmbeddingStore)
     assert store.image_ids == [2]
     assert [failed["id"] for failed in store.metadata["failed"]] == [1, 3, 4]
     with pytest.raises(UnreadableImageError, match=header.name):
@@ -269,3 +266,52 @@ def test_a_script_runs_once_and_says_little(coco_folder: Coco, tiny_weights: Pat
     assert done.stdout == "begins\n8 images\n"
     assert done.stderr == "Extracting: 8 images to go\n"
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+
+
+def test_a_store_in_memory_is_like_one_on_disk(
+    coco_folder: Coco, tiny_weights: Path, written: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "my_job"}.items():
+        monkeypatch.setenv(name, value)  # as an allocation of a cluster leaves them
+    store = read(coco_folder.images, tiny_weights, annotation_file=coco_folder.annotations)
+    assert isinstance(store, Mapping)
+    assert repr(store).startswith("EmbeddingStore('memory': 8 images, decoder_output")
+    assert dict(store.items()).keys() == set(written)
+    assert store.get(10**9) is None
+    for key in written.metadata.keys() - {"config", "images", "checksum"}:
+        assert store.metadata[key] == written.metadata[key], key
+    for image_id in written:
+        ours, theirs = store.entry(image_id), written.entry(image_id)
+        assert (ours.file_name, ours.size, ours.features) == (theirs.file_name, theirs.size, theirs.features)
+        assert_close(store[image_id], written[image_id])
+    ids, vectors = store.stack("query_embeddings", pool="mean")
+    expected = written.stack("query_embeddings", pool="mean")
+    assert ids == expected[0]
+    assert torch.allclose(vectors, expected[1], atol=1e-5)
+    assert store.feature_map(1).shape == written.feature_map(1).shape
+    assert len(store.dataset("pred_boxes")) == 8
+    assert len(objects(store, 0.0)) == len(objects(written, 0.0)) > 0
+    assert store.image_path(4) == written.image_path(4)
+
+
+def test_a_model_that_is_loaded_once(coco_folder: Coco, tiny_weights: Path, written: EmbeddingStore) -> None:
+    model = DETRExtractor(str(tiny_weights), keys=["query_embeddings"])
+    path = coco_folder.images / "000000000004.jpg"
+    for images in (path, [path]):
+        store = model.extract(images, progress=False, **SMALL)
+        assert store.embedding_keys == ("query_embeddings",)
+        assert torch.allclose(store[1]["query_embeddings"], written[4]["query_embeddings"], atol=1e-5)
+
+
+def test_messages_speak_of_the_arguments_of_extract(coco_folder: Coco, tiny_weights: Path) -> None:
+    for settings, said in (
+        ({"dtype": "float8"}, "^dtype is 'float8'"),
+        ({"batch_size": 0}, "^batch_size is 0"),
+        ({"keys": ["pred_boxs"]}, "^keys is"),
+        ({"model": {"nheads": 8}}, r'^model=\{"nheads": ...\} is'),
+        ({"accelerator": "cpu", "precision": "16-mixed"}, "^precision 16-mixed needs a GPU"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            read(coco_folder.images, tiny_weights, **settings)
+    assert in_python("/photos/data.limit/model.pth: raise data.limit") == "/photos/data.limit/model.pth: raise limit"
+    assert in_python("Store it with writer.dtype=float32.") == "Store it with dtype='float32'."

@@ -45,6 +45,7 @@ IMPORT_LIGHTNING = (
     "api",
     "command",
     "data.datamodule",
+    "extraction.memory",
     "extraction.provenance",
     "extraction.writer",
     "extractor",

@@ -14,6 +14,7 @@ import torch
 from coco_factory import Coco
 from ran import RunCLI
 
+from detr_lightning import job
 from detr_lightning.batch import to_stored
 from detr_lightning.data.loading import ImageBatches
 from detr_lightning.data.records import ImageRecord
@@ -108,3 +109,16 @@ def test_instructions_for_bfloat16(cpuinfo: str, there: bool) -> None:
     assert has_instructions("bf16-mixed", "cpu", cpuinfo) == has_instructions("bf16-true", "cpu", cpuinfo) == there
     assert has_instructions("32-true", "cpu", cpuinfo)
     assert has_instructions("bf16-mixed", "cuda", cpuinfo)
+
+
+def test_bfloat16_without_instructions_is_refused(
+    run_cli: RunCLI, coco_folder: Coco, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("predict", *coco_folder.data, "--dry_run", "--trainer.precision", "bf16-mixed")
+    monkeypatch.setattr(job, "has_instructions", lambda precision, device: False)
+    refused = run_cli(*asked)
+    assert refused.code == 1
+    assert "no instructions for bfloat16. Use 32-true, or --allow_slow_precision" in refused.err
+    assert run_cli(*asked, "--allow_slow_precision").code == 0
+    monkeypatch.setattr(job, "has_instructions", lambda precision, device: True)
+    assert run_cli(*asked).code == 0

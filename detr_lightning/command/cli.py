@@ -97,6 +97,7 @@ class DETRCLI(LightningCLI):
         parser.add_argument("--extract_type", type=str, default="decoder")
         parser.add_argument("--output_dir", type=str, default="./embeddings_output")
         parser.add_argument("--dry_run", action="store_true")
+        parser.add_argument("--allow_slow_precision", action="store_true")
         parser.add_argument("--output", type=str | None, default=None)
         for source, target in LINKS.items():
             parser.link_arguments(source, target)
@@ -157,7 +158,7 @@ class DETRCLI(LightningCLI):
             CommandError: The disk is too small, or the precision is not available.
         """
         self.job = Job(self.trainer, self.model, self.datamodule, self.writer)
-        self.job.prepare(self._trainer_settings.precision)
+        self.job.prepare(self._trainer_settings.precision, self._allow_slow_precision)
         if self.job.plan() is None:
             return
         needed, free = self.writer.bytes_needed(self.model), free_bytes(self.writer.output_dir)
@@ -189,7 +190,7 @@ class DETRCLI(LightningCLI):
         Raises:
             SettingError: There are no annotations, or the precision is not available.
         """
-        check_trainer(self.trainer, self._trainer_settings.precision)
+        check_trainer(self.trainer, self._trainer_settings.precision, self._allow_slow_precision)
         if self._output is not None and self._output.is_dir():
             raise CommandError(f"--output {self._output} is a folder. Name a file, such as metrics.json.")
         if self.datamodule.annotation_file is None:
@@ -228,6 +229,10 @@ class DETRCLI(LightningCLI):
     def _output(self) -> Path | None:
         output: str | None = self.config[self.subcommand].output
         return None if output is None else Path(output).expanduser()
+
+    @property
+    def _allow_slow_precision(self) -> bool:
+        return bool(self.config[self.subcommand].allow_slow_precision)
 
     @property
     def _dry_run(self) -> bool:

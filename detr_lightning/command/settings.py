@@ -66,6 +66,12 @@ _CONFIG = Setting(
     "None",
     f"Settings from YAML, which flags override. By name: {', '.join(shipped.config_names())}.",
 )
+_SLOW = Setting(
+    "allow_slow_precision",
+    "",
+    "False",
+    "Compute in bfloat16 on a processor without instructions for it, about ten times slower than 32-true.",
+)
 
 TOP = {
     "predict": (
@@ -79,8 +85,9 @@ TOP = {
         ),
         Setting("output_dir", "FOLDER", "'./embeddings_output'", "The folder to write to. It is created if missing."),
         Setting("dry_run", "", "False", "Print the plan, and stop."),
+        _SLOW,
     ),
-    "validate": (_CONFIG, Setting("output", "FILE.json", "None", "Also write the numbers to this file.")),
+    "validate": (_CONFIG, Setting("output", "FILE.json", "None", "Also write the numbers to this file."), _SLOW),
 }
 """The settings that stand in no group."""
 

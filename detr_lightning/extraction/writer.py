@@ -36,6 +36,22 @@ QUEUED_IMAGES = 64
 """Images that may wait to be written. Then the model waits for the disk, and memory stays as it is."""
 
 
+def planned_images(data: COCODataModule) -> tuple[list[ImageEntry], list[SkippedImage]]:
+    """Return the records of the images that are planned, and of those that cannot be read."""
+    images = [
+        ImageEntry(
+            record.image_id,
+            record.file_name,
+            record.width,
+            record.height,
+            input_size=data.resize(record.size),
+            orientation=record.orientation if record.orientation > 1 else None,
+        )
+        for record in data.records
+    ]
+    return images, [SkippedImage(record.image_id, record.file_name, reason) for record, reason in data.failures]
+
+
 class EmbeddingWriter(BasePredictionWriter):
     """Writes one `embedding_{image_id:012d}.pt` per image, or one table, and `metadata.json` when all images are there.
 
@@ -122,18 +138,7 @@ class EmbeddingWriter(BasePredictionWriter):
         return read_previous(Path(self.output_dir)).known
 
     def _run(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun | TableRun:
-        images = [
-            ImageEntry(
-                record.image_id,
-                record.file_name,
-                record.width,
-                record.height,
-                input_size=data.resize(record.size),
-                orientation=record.orientation if record.orientation > 1 else None,
-            )
-            for record in data.records
-        ]
-        failures = [SkippedImage(record.image_id, record.file_name, reason) for record, reason in data.failures]
+        images, failures = planned_images(data)
         settings = {
             "output_dir": str(self.output_dir),
             "dtype": self.dtype,

@@ -29,14 +29,15 @@ class MetadataFile:
 
     Args:
         path: The file.
+        data: Its content; by default it is read.
 
     Raises:
         InputError: It is not JSON, or another program's.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, data: bytes | None = None) -> None:
         self.path = path
-        self._data = path.read_bytes()
+        self._data = path.read_bytes() if data is None else data
         self._lines: _Lines | None = None
         if lines := _Lines.of(self._data):
             header = self._parse(self._data[: lines.begin] + self._data[lines.end :], whole=False)

@@ -25,10 +25,8 @@ from detr_lightning.store.rows import Rows, read_rows
 from detr_lightning.store.tensors import FileTensors, Tensors
 
 
-class EmbeddingStore:
-    """The output folder of a finished extraction.
-
-    Iterating gives the image ids in ascending order; `store[139]` gives an image's tensors by key.
+class EmbeddingStore(Mapping[int, dict[str, Tensor]]):
+    """The output folder of a finished extraction, as a mapping from image ids, ascending, to tensors by key.
 
     Args:
         folder: The `output_dir` of the extraction: a folder, or the URL of a table such as `s3://bucket/embeddings`.
@@ -125,6 +123,11 @@ class EmbeddingStore:
             KeyError: The store holds no such image; the nearest ids are named.
         """
         return self._tensors.load(self._known(image_id))
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # Tensors do not compare to one truth.
+
+    __hash__ = object.__hash__
 
     def __repr__(self) -> str:
         return f"EmbeddingStore({self.name!r}: {len(self)} images, {', '.join(self.embedding_keys)})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -76,3 +76,33 @@ class FileTensors:
             use(index, self.read(image_ids[index], key))
 
         yield from in_threads(read_and_use, range(len(image_ids)), _THREADS, "", progress=False)
+
+
+class MemoryTensors:
+    """Tensors that are in memory.
+
+    Args:
+        images: The tensors of each image by its id.
+    """
+
+    def __init__(self, images: Mapping[int, dict[str, Tensor]]) -> None:
+        self._images = images
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """None: they are in memory."""
+        return 0
+
+    def load(self, image_id: int) -> dict[str, Tensor]:
+        """Return all tensors of an image."""
+        return dict(self._images[image_id])
+
+    def read(self, image_id: int, key: str) -> Tensor:
+        """Return one tensor of an image."""
+        return self._images[image_id][key]
+
+    def each(self, image_ids: Sequence[int], key: str, use: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Call `use(index, tensor)` for each of many images, and yield after each."""
+        for index, image_id in enumerate(image_ids):
+            use(index, self.read(image_id, key))
+            yield

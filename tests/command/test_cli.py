@@ -95,7 +95,7 @@ def test_settings_come_from_yaml_and_flags_override_them(run_cli: RunCLI, coco_f
         (["--data.on_error", "ignore"], ["data.on_error", "raise, skip"]),
         (["--data.image_dir", "no/such/folder"], ["no/such/folder", "data.image_dir"]),
         (["--data.annotation_file", "no/such/file.json"], ["no/such/file.json", "data.annotation_file"]),
-        (["--trainer.precision", "16-mixed", "--trainer.accelerator", "cpu"], ["16-mixed", "bf16-mixed"]),
+        (["--trainer.precision", "16-mixed", "--trainer.accelerator", "cpu"], ["16-mixed", "Use 32-true"]),
         (["--trainer.precisoin", "32"], ["trainer.precisoin", "trainer.precision"]),
     ],
 )

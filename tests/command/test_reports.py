@@ -26,7 +26,8 @@ def test_the_plan_names_device_precision_and_threads(
     assert "OMP_NUM_THREADS" not in quiet
     monkeypatch.setattr(reports, "threads_per_rank", lambda trainer: 2)
     monkeypatch.setattr(reports, "available_cores", lambda: 2)
-    busy = run_cli("predict", *coco_folder.data, "--dry_run", "--trainer.precision", "bf16-mixed").err
+    slow = ("--dry_run", "--allow_slow_precision", "--trainer.precision")
+    busy = run_cli("predict", *coco_folder.data, *slow, "bf16-mixed").err
     assert "on cpu in bf16-mixed, 2 threads" in busy
     assert "OMP_NUM_THREADS=1 may be faster" in busy
 

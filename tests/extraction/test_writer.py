@@ -179,7 +179,7 @@ def test_padded_batches_do_change_results_and_are_cropped(
 def test_half_precision_is_close(
     precision: str, run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, reference: Path
 ) -> None:
-    argv = ("--output_dir", tmp_path / "out", "--trainer.precision", precision)
+    argv = ("--output_dir", tmp_path / "out", "--trainer.precision", precision, "--allow_slow_precision")
     assert run_cli("predict", *coco_folder.data, *argv).code == 0
     expected = read(reference)
     for image_id, tensors in read(tmp_path / "out").items():

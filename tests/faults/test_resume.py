@@ -63,7 +63,10 @@ def test_a_finished_run_returns_at_once(
         (("--extract_type", "encoder"), "keys was"),
         (("--data.short_side", "60"), "data.short_side was 64, now 60"),
         (("--data.batching", "padded", "--data.batch_size", "8"), "data.batching was exact, now padded, 8"),
-        (("--trainer.precision", "bf16-mixed"), "trainer.precision was 32-true, now bf16-mixed"),
+        (
+            ("--trainer.precision", "bf16-mixed", "--allow_slow_precision"),
+            "trainer.precision was 32-true, now bf16-mixed",
+        ),
         (("--data.image_backend", "torchvision"), "data.image_backend was pil, now torchvision"),
     ],
 )
