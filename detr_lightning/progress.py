@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 from detr_lightning.errors import count
@@ -107,10 +108,8 @@ class ImageProgress(ProgressBar):
         self._seen += len(batch["image_id"]) + len(batch["failed"])
         now = time.monotonic()
         elapsed = now - self._started
-        rate, bytes_rate = (
-            speed(self._seen, elapsed),
-            f"{written / elapsed / 1e6:.1f} MB/s" if written and elapsed else "",
-        )
+        rate = speed(self._seen, elapsed)
+        bytes_rate = f"{decimal(round(written / elapsed))}/s" if written and elapsed else ""
         # The first image pays for warming up.
         left = clock(elapsed / self._seen * (self._total - self._seen)) if self._seen > 1 else ""
         if self._bar is not None:
