@@ -23,7 +23,7 @@ from ran import RunCLI
 from detr_lightning import DETRExtractor, EmbeddingStore, extract
 from detr_lightning.analysis.objects import objects
 from detr_lightning.api import in_python
-from detr_lightning.errors import SettingError, UnreadableImageError
+from detr_lightning.errors import UnreadableImageError
 
 SMALL = {"short_side": 64, "long_side": 128, "num_workers": 0}
 Tensors = dict[str, torch.Tensor]
@@ -311,7 +311,7 @@ def test_messages_speak_of_the_arguments_of_extract(coco_folder: Coco, tiny_weig
         ({"model": {"nheads": 8}}, r'^model=\{"nheads": ...\} is'),
         ({"accelerator": "cpu", "precision": "16-mixed"}, "^precision 16-mixed needs a GPU"),
     ):
-        with pytest.raises(SettingError, match=said):
+        with pytest.raises(ValueError, match=said):
             read(coco_folder.images, tiny_weights, **settings)
     assert in_python("/photos/data.limit/model.pth: raise data.limit") == "/photos/data.limit/model.pth: raise limit"
     assert in_python("Store it with writer.dtype=float32.") == "Store it with dtype='float32'."
