@@ -7,14 +7,12 @@ on one table at once. Neither loses a row of the other's, and an image that both
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -29,25 +27,20 @@ from detr_lightning.extraction.journal import (
     sweep,
     why_unseen,
 )
-from detr_lightning.format import table
+from detr_lightning.extraction.row_writer import BUFFER, RowWriter
+from detr_lightning.format import columns, object_store
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.files import fsync_folder, to_json_bytes, write_json
 from detr_lightning.format.keys import QUERY_INDEX, FeatureSizes
 from detr_lightning.format.names import METADATA, STATE, is_url
 from detr_lightning.format.schema import LANCE, Metadata, RunRecord
-from detr_lightning.format.table import Row, Table
-
-BUFFER = 64 * 2**20
-"""Bytes of tensors that wait in memory before they are written to a fragment."""
+from detr_lightning.format.table import Table
 
 SILENCE = 600.0
 """Seconds without a new version after which a run on an object store gives up on its other ranks."""
 
 POLL = 2.0
 """Seconds between two looks at a table on an object store."""
-
-TRIES = 5
-"""How often a commit is tried."""
 
 STALE = timedelta(days=1)
 """A run that registered longer ago, and did not finish, is taken for dead."""
@@ -89,18 +82,12 @@ class TableRun:
         self.finished: dict[int, ImageEntry] = {}
         self.complete = False
         self._folder = None if is_url(output_dir) else Path(output_dir)
-        self._schema = table.table_schema(record, features)
+        self._schema = columns.table_schema(record, features)
         self._commit_seconds = commit_seconds
         self._version: int | None = None
         self._lock: LockedFile | None = None
         self._journal: Journal | None = None
-        self._rows: list[Row] = []
-        self._waiting = 0
-        self._fragments: list[Any] = []
-        self._uncommitted: set[int] = set()
-        self._committed_at = time.monotonic()
-        self._filling = threading.Lock()
-        self._flushing = threading.Lock()
+        self._rows: RowWriter | None = None
 
     @property
     def pending(self) -> list[ImageEntry]:
@@ -116,7 +103,7 @@ class TableRun:
             InputError: It holds files, another program's table, or a table of other settings or images.
         """
         self.finished, self.complete, self._version = {}, False, None
-        there = table.exists(self.output_dir)
+        there = object_store.exists(self.output_dir)
         if self.if_exists == "error" and (there or self._is_used()):
             raise FileExistsError(
                 f"output_dir {self.output_dir} is not empty, and writer.if_exists is 'error'. Choose another one, "
@@ -152,7 +139,7 @@ class TableRun:
             sweep(self._folder)
             for journal in (self._folder / STATE).glob("rank-*.jsonl"):
                 journal.unlink()
-        if not table.exists(self.output_dir):
+        if not object_store.exists(self.output_dir):
             found = Table.create(self.output_dir, self._schema)
         else:
             found = Table(self.output_dir)
@@ -165,19 +152,19 @@ class TableRun:
         found.delete([place for entry, place in found.entries(skipped=True) if entry.image_id in tried_again])
         self.token = uuid.uuid4().hex
         found.configure({_RUN + self.token: datetime.now(timezone.utc).isoformat()})
-        for failure in self.failures.values():
-            self._add((failure, {}), 0)
 
     def join(self, rank: int) -> None:
         """Start this rank."""
         if self._folder is not None:
             self._journal = Journal(self._folder / STATE / f"rank-{rank}.jsonl")
-        self._schema = Table(self.output_dir).schema
-        self._committed_at = time.monotonic()
+        self._rows = RowWriter(self.output_dir, Table(self.output_dir).schema, self._commit_seconds)
+        if rank == 0:
+            for failure in self.failures.values():
+                self._rows.add((failure, {}))
 
     def shares_folder(self, token: str) -> bool:
         """Return whether this rank sees the run that rank 0 began: whether both write to one table."""
-        return table.exists(self.output_dir) and _RUN + token in Table(self.output_dir).config
+        return object_store.exists(self.output_dir) and _RUN + token in Table(self.output_dir).config
 
     def unseen(self, world_size: int) -> list[str | None]:
         """Return for each rank, all having joined, None or why this process would not see that it is alive."""
@@ -190,17 +177,18 @@ class TableRun:
         size = sum(tensor.nbytes for tensor in tensors.values())
         index = tensors.get(QUERY_INDEX)
         num_queries = None if index is None else len(index)
-        self._add((replace(self.images[image_id], features=features, num_queries=num_queries), tensors), size)
+        self._add(replace(self.images[image_id], features=features, num_queries=num_queries), tensors)
         return size
 
     def fail(self, image_id: int, reason: str) -> None:
         """Add a row for an image that was skipped."""
-        self._add((SkippedImage(image_id, self.images[image_id].file_name, reason), {}), 0)
+        self._add(SkippedImage(image_id, self.images[image_id].file_name, reason), {})
 
     def leave(self, done: bool) -> None:
         """Close this rank's journal; where the rank went through all its images, commit what is waiting first."""
         if done:
-            self._flush(commit=True)
+            assert self._rows is not None, "join comes first"
+            self._rows.flush(commit=True)
         if self._journal is not None:
             self._journal.close(done)
 
@@ -235,44 +223,9 @@ class TableRun:
         self._write_metadata(metadata)
         return metadata
 
-    def _add(self, row: Row, size: int) -> None:
-        with self._filling:
-            self._rows.append(row)
-            self._waiting += size
-            full = self._waiting >= BUFFER
-        if full or time.monotonic() - self._committed_at >= self._commit_seconds:
-            self._flush()
-
-    def _flush(self, commit: bool = False) -> None:
-        """Write what is waiting to a fragment, and commit where that is due."""
-        with self._flushing:
-            with self._filling:
-                rows, self._rows, self._waiting = self._rows, [], 0
-            if rows:
-                self._fragments += table.write_rows(self.output_dir, self._schema, rows)
-                self._uncommitted |= {entry.image_id for entry, _ in rows}
-            if self._fragments and (commit or time.monotonic() - self._committed_at >= self._commit_seconds):
-                self._commit()
-
-    def _commit(self) -> None:
-        """Commit the fragments. A commit may land although it raises, so a blind retry could add rows twice."""
-        for left in reversed(range(TRIES)):
-            try:
-                Table(self.output_dir).append(self._fragments)
-                break
-            except OSError:
-                if self._has_landed():
-                    break
-                if not left:
-                    raise
-                time.sleep(0.5)
-        self._fragments, self._uncommitted, self._committed_at = [], set(), time.monotonic()
-
-    def _has_landed(self) -> bool:
-        try:
-            return Table(self.output_dir).has_all(self._uncommitted)
-        except OSError:
-            return False
+    def _add(self, entry: ImageEntry | SkippedImage, tensors: Mapping[str, Tensor]) -> None:
+        assert self._rows is not None, "join comes first"
+        self._rows.add((entry, tensors))
 
     def _await_rows(self) -> None:
         """Wait for the rows of all planned images, as long as new versions appear."""
@@ -326,18 +279,18 @@ class TableRun:
     def _has_metadata(self) -> bool:
         if self._folder is not None:
             return (self._folder / METADATA).exists()
-        return table.read_file(self.output_dir, METADATA) is not None
+        return object_store.read_file(self.output_dir, METADATA) is not None
 
     def _remove_metadata(self) -> None:
         if self._folder is not None:
             (self._folder / METADATA).unlink(missing_ok=True)
         elif self._has_metadata():
-            table.remove_file(self.output_dir, METADATA)
+            object_store.remove_file(self.output_dir, METADATA)
 
     def _write_metadata(self, metadata: Metadata) -> None:
         content = metadata.to_json()
         if self._folder is None:
-            table.write_file(self.output_dir, METADATA, to_json_bytes(content, checksum=True))
+            object_store.write_file(self.output_dir, METADATA, to_json_bytes(content, checksum=True))
             return
         write_json(self._folder / METADATA, content, checksum=True)
         assert self._lock is not None, "begin comes first"
@@ -347,7 +300,7 @@ class TableRun:
 
 def known_images(output_dir: str) -> dict[str, ImageEntry | SkippedImage]:
     """Return a table's entries by file name; none where there is no table yet."""
-    if not table.exists(output_dir):
+    if not object_store.exists(output_dir):
         return {}
     return {entry.file_name: entry for entry, _ in Table(output_dir).entries()}
 

@@ -89,15 +89,15 @@ def _write_files(store: EmbeddingStore, folder: Path, images: Iterator[tuple[Ima
 
 
 def _write_table(store: EmbeddingStore, target: str, images: Iterator[tuple[ImageEntry, dict[str, Tensor]]]) -> None:
-    from detr_lightning.format import table  # which needs Lance
+    from detr_lightning.format import columns, object_store, table  # which need Lance
 
-    if table.exists(target):
+    if object_store.exists(target):
         raise FileExistsError(f"{target} has a table already. Name another place.")
     run, failed = store.metadata_file.run, store.metadata_file.failed()
     features = next((store.entry(image_id).features for image_id in store), None) or FeatureSizes.single((1, 1))
-    made = table.Table.create(target, table.table_schema(run, features))
+    made = table.Table.create(target, columns.table_schema(run, features))
     entries: list[ImageEntry] = []
-    rows: list[table.Row] = [(skipped, {}) for skipped in failed]
+    rows: list[columns.Row] = [(skipped, {}) for skipped in failed]
     size = 0
     for entry, tensors in images:
         entries.append(entry)
@@ -112,6 +112,6 @@ def _write_table(store: EmbeddingStore, target: str, images: Iterator[tuple[Imag
     made.remove_old_versions()
     content = Metadata(run=run, images=entries, failed=failed, layout=LANCE).to_json()
     if is_url(target):
-        table.write_file(target, METADATA, to_json_bytes(content, checksum=True))
+        object_store.write_file(target, METADATA, to_json_bytes(content, checksum=True))
     else:
         write_json(Path(target, METADATA), content, checksum=True)

@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from detr_lightning.errors import InputError
-from detr_lightning.format import table
+from detr_lightning.format import object_store
 from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.metadata import MetadataFile
 from detr_lightning.format.names import METADATA, is_url
 from detr_lightning.format.schema import LANCE
-from detr_lightning.format.table import Table
+from detr_lightning.format.table import Table, TableReader
 
 _ROWS_AT_ONCE = 256
 
@@ -33,17 +33,17 @@ class TableTensors:
 
     def __init__(self, output_dir: str) -> None:
         self.output_dir = output_dir
-        self._reader: tuple[int, table.TableReader] | None = None
+        self._reader: tuple[int, TableReader] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process."""
         return {"output_dir": self.output_dir, "_reader": None}
 
     @property
-    def reader(self) -> table.TableReader:
+    def reader(self) -> TableReader:
         """The table, opened in this process."""
         if self._reader is None or self._reader[0] != os.getpid():
-            self._reader = os.getpid(), table.TableReader(self.output_dir)
+            self._reader = os.getpid(), TableReader(self.output_dir)
         return self._reader[1]
 
     @property
@@ -116,10 +116,14 @@ def open_table(output_dir: str) -> tuple[TableMetadata, TableTensors]:
     """
     path = Path(output_dir, METADATA)
     data = (
-        table.read_file(output_dir, METADATA) if is_url(output_dir) else path.read_bytes() if path.is_file() else None
+        object_store.read_file(output_dir, METADATA)
+        if is_url(output_dir)
+        else path.read_bytes()
+        if path.is_file()
+        else None
     )
     if data is None:
-        if not table.exists(output_dir):
+        if not object_store.exists(output_dir):
             raise FileNotFoundError(f"{output_dir} has no {METADATA} and no table. Give the output of an extraction.")
         raise FileNotFoundError(
             f"{output_dir} holds an unfinished extraction. Run the same command again to finish it."

@@ -13,14 +13,14 @@ from harness import Job, slow
 pytest.importorskip("lance", reason="pylance, of the extra lance, is not installed")
 
 from detr_lightning import EmbeddingStore
-from detr_lightning.format import table
+from detr_lightning.format import object_store, table
 from detr_lightning.store.verify import verify
 
 TO_TABLE = ("--writer.layout", "lance", "--writer.commit_seconds", "0.2")
 
 
 def committed(folder: Path) -> int:
-    return table.Table(folder).dataset.count_rows() if table.exists(folder) else 0
+    return table.Table(folder).dataset.count_rows() if object_store.exists(folder) else 0
 
 
 def assert_whole(job: Job) -> None:

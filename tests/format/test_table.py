@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("lance", reason="pylance, of the extra lance, is not installed")
 
 from detr_lightning.errors import InputError
-from detr_lightning.format import table
+from detr_lightning.format import columns, object_store, table
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.keys import KEYS, FeatureSizes, ModelShape, dtype_of, shape_of
 from detr_lightning.format.schema import ModelRecord, RunRecord, RunSettings
@@ -40,15 +40,15 @@ def test_tensors_come_back_bit_for_bit(dtype: str, fixed: bool) -> None:
     torch.manual_seed(0)
     sizes = [(3, 4)] * 3 if fixed else [(3, 4), (1, 2), (5, 1)]
     maps = [FeatureSizes.single(size) for size in sizes]
-    schema = table.table_schema(record(dtype=dtype, preprocessing={"height": 96} if fixed else {}), maps[0])
+    schema = columns.table_schema(record(dtype=dtype, preprocessing={"height": 96} if fixed else {}), maps[0])
     written = [tensors(features, dtype) for features in maps]
     rows = [(entry(number, features), written[number]) for number, features in enumerate(maps)]
     skipped = (SkippedImage(9, "9.jpg", "empty file"), {})
-    batch = table.to_batch(schema, [*rows[:1], skipped, *rows[1:]])
+    batch = columns.to_batch(schema, [*rows[:1], skipped, *rows[1:]])
     for number, place in ((0, 0), (1, 2), (2, 3)):
         for key in KEYS:
-            column = table.pa.chunked_array([batch[key].slice(place, 1)])
-            (read,) = table.to_tensors(column, [written[number][key].shape])
+            column = object_store.pa.chunked_array([batch[key].slice(place, 1)])
+            (read,) = columns.to_tensors(column, [written[number][key].shape])
             assert read.dtype == written[number][key].dtype
             assert torch.equal(read, written[number][key])
     assert all(batch[key][1].as_py() is None for key in KEYS)
@@ -58,7 +58,7 @@ def test_tensors_come_back_bit_for_bit(dtype: str, fixed: bool) -> None:
 def test_entries_come_back(tmp_path: Path) -> None:
     several = FeatureSizes(((4, 4), (2, 2)), (1, 1))
     for features, folder in ((FeatureSizes.single((3, 4)), tmp_path / "one"), (several, tmp_path / "several")):
-        schema = table.table_schema(record(keys=("pred_boxes",)), features)
+        schema = columns.table_schema(record(keys=("pred_boxes",)), features)
         kept = replace(entry(6, features), num_queries=2, image_sha256="0" * 64)
         entries = [entry(4, features), SkippedImage(5, "5.jpg", "not an image"), kept]
         made = table.Table.create(folder, schema)
@@ -69,7 +69,7 @@ def test_entries_come_back(tmp_path: Path) -> None:
 
 
 def test_the_table_of_another_program_is_refused(tmp_path: Path) -> None:
-    assert not table.exists(tmp_path)
-    table.lance.write_dataset(table.pa.table({"x": [1]}), table.table_uri(tmp_path))
+    assert not object_store.exists(tmp_path)
+    object_store.lance.write_dataset(object_store.pa.table({"x": [1]}), object_store.table_uri(tmp_path))
     with pytest.raises(InputError, match="another program's Lance dataset"):
         table.Table(tmp_path)

@@ -1,0 +1,109 @@
+"""Lance on a disk or an object store: where its table is, small files beside it, and errors that help."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from detr_lightning.errors import InputError, MissingPackageError
+from detr_lightning.format.names import TABLE, is_url
+
+# Read when Lance is first imported: it reports on stderr that a new dataset is new.
+os.environ.setdefault("LANCE_LOG", "error")
+
+try:
+    import lance
+    import pyarrow as pa
+    from lance.file import LanceFileSession
+    from lance.fragment import write_fragments
+except ImportError as missing:
+    raise MissingPackageError("writer.layout lance needs Lance: pip install 'detr-lightning[lance]'.") from missing
+
+__all__ = [
+    "exists",
+    "explained",
+    "lance",
+    "pa",
+    "read_file",
+    "remove_file",
+    "table_uri",
+    "write_file",
+    "write_fragments",
+]
+
+
+def table_uri(output_dir: str | os.PathLike[str]) -> str:
+    """Return where the dataset of an output folder is."""
+    return f"{os.fspath(output_dir).rstrip('/')}/{TABLE}"
+
+
+def exists(output_dir: str | os.PathLike[str]) -> bool:
+    """Return whether an output folder has a table.
+
+    Raises:
+        OSError: The object store does not answer, or refuses.
+    """
+    with explained(os.fspath(output_dir)):
+        return bool(LanceFileSession(table_uri(output_dir)).list("_versions"))
+
+
+def read_file(output_dir: str, name: str) -> bytes | None:
+    """Return the content of a small file on an object store; None where it does not exist.
+
+    Raises:
+        OSError: The object store does not answer, or refuses.
+    """
+    with explained(output_dir), tempfile.TemporaryDirectory() as folder:
+        session, copy = LanceFileSession(output_dir.rstrip("/")), Path(folder, "copy")
+        if not session.contains(name):
+            return None
+        session.download_file(name, copy)
+        return copy.read_bytes()
+
+
+def write_file(output_dir: str, name: str, content: bytes) -> None:
+    """Write a small file to an object store, whole or not at all.
+
+    Raises:
+        OSError: The object store does not answer, or refuses.
+    """
+    with explained(output_dir), tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        copy.write_bytes(content)
+        LanceFileSession(output_dir.rstrip("/")).upload_file(copy, name)
+
+
+def remove_file(output_dir: str, name: str) -> None:
+    """Remove a file from an object store.
+
+    Raises:
+        OSError: The object store does not answer, or refuses.
+    """
+    with explained(output_dir):
+        LanceFileSession(output_dir.rstrip("/")).delete_file(name)
+
+
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Turn Lance's errors into one that names the table and what to do.
+
+    Raises:
+        OSError: Whatever Lance raised for a disk or an object store.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, InputError | FileNotFoundError):
+            raise
+        reason = str(error).partition(", /home")[0].strip().splitlines()[0]
+        advice = "Check the address and the credentials in the environment." if is_url(uri) else _local_advice(reason)
+        raise OSError(f"{uri}: {reason}. {advice}") from error
+
+
+def _local_advice(reason: str) -> str:
+    if "No space left" in reason or "os error 28" in reason:
+        return "Free some space, then run the same command again: what was committed is kept."
+    return "Check the disk, then run the same command again: what was committed is kept."
