@@ -250,9 +250,9 @@ def test_rank_0_alone_looks_at_the_images_and_the_folder(job: Job) -> None:
 import os
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.extraction.run import ExtractionRun
-def refuse(*_):
+def refuse(*_, **__):
     raise AssertionError("rank 1 looks for itself")
-COCODataModule.find = ExtractionRun.inspect = refuse
+COCODataModule.find_images = ExtractionRun.inspect = refuse
 """
     both = job.ranks(patch=("", blind))
     assert [run.wait() for run in both] == [0, 0], both[0].err + both[1].err
