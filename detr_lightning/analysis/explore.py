@@ -81,7 +81,7 @@ def prepare(
     if not len(objects):
         raise InputError(f"{table} has no objects to explore. Lower the threshold.")
     pictures = image_dir is not None or _has_image(store, objects["image_id"][0].as_py())
-    made_from = json.dumps([fingerprint(table), pictures, str(image_dir)]).encode()
+    made_from = json.dumps([fingerprint(table), pictures, str(image_dir), _FIRST, SIDE]).encode()
     if output.exists() and (parquet.read_schema(output).metadata or {}).get(_MADE_FROM) == made_from:
         return pictures
     first = [name for name in _FIRST if name in objects.column_names]
