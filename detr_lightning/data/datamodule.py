@@ -200,6 +200,8 @@ class COCODataModule(LightningDataModule):
                 f"data.{next(iter(given))} is set, but the model takes images of "
                 f"{preprocessing.height}x{preprocessing.width} pixels (height x width) alone. Leave it null."
             )
+        if processor is not None and self.hparams["batching"] == "padded":
+            raise SettingError("data.batching padded is for DETR alone. Leave it out.")
         if processor is not None and self.hparams["image_backend"] != "pil":
             raise SettingError(
                 f"data.image_backend is {self.hparams['image_backend']!r}, but the model's own processor "

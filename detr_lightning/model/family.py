@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from detr_lightning.errors import InputError, SettingError
 from detr_lightning.format.keys import KEYS, FeatureSizes, ModelShape, Size
+from detr_lightning.model.fold_norms import fold_norms
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,9 @@ class FamilyDetector(nn.Module):
     def for_inference(self, dtype: torch.dtype | None = None) -> FamilyDetector:
         """Return a copy that runs: the same results to rounding, in less time."""
         model = copy.deepcopy(self.model)
-        copied = FamilyDetector(model.to(dtype) if dtype else model, self.input_size)
+        if dtype:
+            model.to(dtype)
+        copied = FamilyDetector(fold_norms(model).to(memory_format=torch.channels_last), self.input_size)
         copied.__dict__["architecture"] = self.architecture  # found once
         return copied
 
@@ -180,7 +183,8 @@ class FamilyDetector(nn.Module):
             raise SettingError(
                 f"{self.model.config.model_type} takes the pixels of its image processor, not {pixels.dtype}."
             )
-        out, levels = self._run(pixels.to(self.model.dtype), keys)
+        pixels = pixels.to(self.model.dtype, memory_format=torch.channels_last)
+        out, levels = self._run(pixels, keys)
         size = (pixels.shape[-2], pixels.shape[-1])
         planned = self.architecture.feature_sizes(size).levels
         if levels and levels != planned:

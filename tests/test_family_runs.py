@@ -1,0 +1,149 @@
+"""Runs of the command with other detectors than DETR, from images to what is read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detr_lightning import EmbeddingStore
+
+REFERENCE = Path(__file__).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REFERENCE)
+        import family_reference
+
+        return family_reference
+
+
+@pytest.fixture(scope="module")
+def folders(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    names = {0: "person", 1: "bicycle", 2: "car"}
+    labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    return {
+        model_type: reference.save(reference.build(model_type, **labels), tmp_path_factory.mktemp(model_type))
+        for model_type in ("rt_detr_v2", "conditional_detr")
+    }
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for number, (height, width) in enumerate([(60, 90), (100, 80), (60, 90), (64, 200)], start=1):
+        coarse = Image.fromarray(random.integers(0, 256, (6, 9, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    annotations = {
+        "images": [
+            {"id": n, "file_name": f"{n}.png", "height": h, "width": w}
+            for n, (h, w) in enumerate([(60, 90), (100, 80), (60, 90), (64, 200)], start=1)
+        ],
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": n % 3, "bbox": [5, 5, 30, 30], "area": 900, "iscrowd": 0}
+            for n in (1, 2, 3, 4)
+        ],
+        "categories": [{"id": 0, "name": "person"}, {"id": 1, "name": "bicycle"}, {"id": 2, "name": "car"}],
+    }
+    (folder / "instances.json").write_text(json.dumps(annotations))
+    return folder
+
+
+def test_a_model_of_several_levels(
+    run_cli: Any, reference: Any, folders: dict[str, Path], images: Path, tmp_path: Path
+) -> None:
+    from detr_lightning.model import checkpoints
+
+    folder, output = folders["rt_detr_v2"], tmp_path / "out"
+    asked = ["predict", "--data.image_dir", images, "--model.weights", folder, "--output_dir", output]
+    dry = run_cli(*asked, "--extract_type", "all", "--dry_run")
+    assert dry.code == 0, dry.err
+    assert run_cli(*asked, "--extract_type", "all", "--data.batch_size", "3").code == 0
+
+    store = EmbeddingStore(output)
+    assert store.image_ids == [1, 2, 3, 4]
+    model = store.metadata["model"]
+    assert (model["family"], model["scoring"], model["category_ids"]) == ("rt_detr_v2", "sigmoid", None)
+    assert store.categories == {0: "person", 1: "bicycle", 2: "car"}
+    assert store.metadata["preprocessing"]["processor"] == "RTDetrImageProcessor"
+    assert store.metadata["preprocessing"]["backend"] == "torchvision"
+    entry = store.metadata["images"][0]
+    assert (entry["feature_sizes"], entry["backbone_size"]) == ([[16, 16], [8, 8], [4, 4]], [4, 4])
+    assert "feature_size" not in entry
+
+    checkpoint = checkpoints.load(str(folder))
+    assert checkpoint.processor is not None
+    network: Any = checkpoint.model
+    for image_id in store:
+        with Image.open(images / f"{image_id}.png") as image:
+            pixels = checkpoint.processor(image.convert("RGB"), (128, 128))
+        expected = reference.reference_outputs(network.model, pixels[None])
+        for key, tensor in store[image_id].items():
+            torch.testing.assert_close(tensor, expected[key][0], rtol=1e-4, atol=1e-5)
+        assert torch.equal(store[image_id]["decoder_output"][-1], store[image_id]["query_embeddings"])
+
+    whole = store[2]["encoder_output"]
+    maps = [store.feature_map(2, level=level) for level in range(3)]
+    assert [tuple(one.shape) for one in maps] == [(32, 16, 16), (32, 8, 8), (32, 4, 4)]
+    assert torch.equal(torch.cat([one.flatten(1) for one in maps], dim=1).T, whole)
+    with pytest.raises(ValueError, match="level is 3; image 2 has levels 0 to 2"):
+        store.feature_map(2, level=3)
+
+    before = store[3]
+    (output / "embedding_000000000003.pt").unlink()
+    resumed = run_cli(*asked, "--extract_type", "all", "--data.batch_size", "1")
+    assert resumed.code == 0, resumed.err
+    assert all(torch.equal(tensor, before[key]) for key, tensor in EmbeddingStore(output)[3].items())
+    assert run_cli("verify", output).code == 0
+    coco = tmp_path / "detections.json"
+    assert run_cli("export", output, "--output", coco, "--format", "coco").code == 0
+    rows = [row for row in json.loads(coco.read_text()) if row["image_id"] == 1]
+    assert len(rows) == 9
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+
+
+def test_a_model_of_one_level_and_varying_sizes(
+    run_cli: Any, folders: dict[str, Path], images: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    asked = ["--data.image_dir", images, "--model.weights", folders["conditional_detr"]]
+    keys = "[query_embeddings,cross_attention,encoder_output,pred_logits,pred_boxes]"
+    ran = run_cli("predict", *asked, "--output_dir", output, "--model.keys", keys, "--writer.dtype", "float16")
+    assert ran.code == 0, ran.err
+    store = EmbeddingStore(output)
+    entries = {entry["id"]: entry for entry in store.metadata["images"]}
+    assert (entries[1]["input_size"], entries[1]["feature_size"]) == ([96, 144], [3, 5])
+    assert entries[4]["input_size"] == [51, 160]
+    assert "feature_sizes" not in entries[1]
+    assert "backbone_size" not in entries[1]
+    assert store[1]["cross_attention"].shape == (3, 9, 15)
+    assert store[1]["query_embeddings"].dtype == torch.float16
+    assert store.feature_map(4, "cross_attention").shape == (3, 9, 2, 5)
+    assert run_cli("verify", output).code == 0
+
+    validated = run_cli("validate", *asked, "--data.annotation_file", images / "instances.json")
+    assert validated.code == 0, validated.err
+    assert "4 images" in validated.out
+
+
+def test_what_other_detectors_refuse(run_cli: Any, folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
+    asked = ["predict", "--data.image_dir", images, "--output_dir", tmp_path / "out"]
+    fixed = [*asked, "--model.weights", folders["rt_detr_v2"]]
+    for settings, message in {
+        ("--data.short_side", "400"): "data.short_side",
+        ("--data.image_backend", "torchvision"): "data.image_backend",
+        ("--data.batching", "padded", "--data.batch_size", "2"): "data.batching",
+        ("--model.keys", "[cross_attention]"): "has no cross_attention",
+    }.items():
+        ran = run_cli(*fixed, *settings)
+        assert ran.code == 1
+        assert message in ran.err
+    assert not (tmp_path / "out").exists()
