@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -33,6 +33,7 @@ from detr_lightning.data.sources import (
     ImageSource,
     Known,
     ListedImages,
+    hash_files,
     measure,
     read_image_ids,
     select,
@@ -73,6 +74,9 @@ def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> N
         )
 
 
+FINGERPRINTS = ("names", "content")
+"""What `data.fingerprint` may be."""
+
 Images: TypeAlias = tuple[list[ImageRecord], list[Failure], dict[int, str]]
 
 
@@ -109,6 +113,8 @@ class COCODataModule(LightningDataModule):
         exif: `ignore` takes pixels as they are stored, as the official code does; `apply` turns images as their EXIF
             tag tells. Sizes and boxes are then those of the turned image.
         on_error: What to do about an image that cannot be read: `raise`, or `skip` it and list it in the metadata.
+        fingerprint: How a resumed run knows a finished image again: `names` compares its file's name and size in
+            pixels; `content` also records the sha256 of the file, and reads all finished images' files to compare it.
         short_side: The short side of an image after resizing; by default what the model was trained with, for the
             official models 800.
         long_side: The length that the long side should not pass; by default likewise, 1333.
@@ -133,6 +139,7 @@ class COCODataModule(LightningDataModule):
         image_backend: str = "pil",
         exif: str = "ignore",
         on_error: str = "raise",
+        fingerprint: str = "names",
         short_side: int | None = None,
         long_side: int | None = None,
         max_image_pixels: int | None = None,
@@ -143,6 +150,7 @@ class COCODataModule(LightningDataModule):
         check_choice("data.image_backend", image_backend, BACKENDS)
         check_choice("data.exif", exif, EXIF)
         check_choice("data.on_error", on_error, ("raise", "skip"))
+        check_choice("data.fingerprint", fingerprint, FINGERPRINTS)
         lowest = {"batch_size": 1, "num_workers": 0, "limit": 1, "short_side": 1, "long_side": 1, "max_image_pixels": 1}
         for name, least in lowest.items():
             value = locals()[name]
@@ -238,6 +246,13 @@ class COCODataModule(LightningDataModule):
         """How images share batches, as far as results depend on it."""
         batching: str = self.hparams["batching"]
         return batching if batching == "exact" else f"{batching}, {self.batch_size}"
+
+    @property
+    def hash_files(self) -> Callable[[Collection[int]], dict[int, str]] | None:
+        """Returns the sha256 of the files of these images by id; None unless `fingerprint` is `content`."""
+        if self.hparams["fingerprint"] == "names":
+            return None
+        return lambda image_ids: hash_files(self.source, [r for r in self.records if r.image_id in image_ids])
 
     def prepare_data(self) -> None:
         """Download what is missing, if asked to. Lightning calls it in one process of each node."""
@@ -435,6 +450,7 @@ class COCODataModule(LightningDataModule):
             self.hparams["max_image_pixels"],
             self.hparams["exif"],
             self._processor,
+            self.hparams["fingerprint"],
         )
         dataset = ImageBatches(batches or [[]], reader, self.resize, padded)
         return DataLoader(

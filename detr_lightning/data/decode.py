@@ -147,6 +147,19 @@ def _silence() -> None:
             warnings.filterwarnings("ignore", category=category, module=module)
 
 
+def read_content(source: str | os.PathLike[str] | BinaryIO) -> bytes:
+    """Return the bytes of an image file, which need not be an image.
+
+    Raises:
+        UnreadableImageError: They cannot be read.
+    """
+    try:
+        return Path(source).read_bytes() if isinstance(source, str | os.PathLike) else source.read()
+    except OSError as error:
+        reason = _reason(error, source)
+        raise UnreadableImageError(f"{_name(source)}: {reason}", reason) from error
+
+
 def orientation_of(image: Image.Image) -> int:
     """Return the EXIF tag by which a viewer turns an image, 1 to 8. No pixel is decoded.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import shutil
 import signal
@@ -12,19 +13,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from detr_lightning.data.batching import collate
-from detr_lightning.data.decode import Processor, read_image
+from detr_lightning.data.decode import ImageFile, Processor, read_content, read_image
 from detr_lightning.data.records import ImageRecord, Size
 from detr_lightning.data.sources import ImageSource
 from detr_lightning.errors import UnreadableImageError
 from detr_lightning.system import SideThreads
 
 Batch = list[ImageRecord]
-Reader = Callable[[ImageRecord, Size], tuple[Tensor, int]]
-"""Reads an image at a size: `[3, height, width]`, and the image's EXIF orientation."""
+Details = dict[str, Any]
+"""Fields of an image's record in the output that are known once its file is read: see `ImageEntry`."""
+
+Reader = Callable[[ImageRecord, Size], tuple[Tensor, Details]]
+"""Reads an image at a size: `[3, height, width]`, and its details."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class ImageReader:
         max_pixels: Likewise.
         exif: Likewise.
         processor: Likewise.
+        fingerprint: `content` adds the sha256 of the image's file to its details.
     """
 
     source: ImageSource
@@ -44,12 +50,23 @@ class ImageReader:
     max_pixels: int | None = None
     exif: str = "ignore"
     processor: Processor | None = None
+    fingerprint: str = "names"
 
-    def __call__(self, record: ImageRecord, size: Size) -> tuple[Tensor, int]:
-        """Return an image's pixels at a size, and its EXIF orientation."""
-        file = self.source.open(record)
+    def __call__(self, record: ImageRecord, size: Size) -> tuple[Tensor, Details]:
+        """Return an image's pixels at a size, and its details."""
+        details: Details = {}
+        file: ImageFile = self.source.open(record)
         with file if isinstance(file, io.IOBase) else contextlib.nullcontext():
-            return read_image(file, record, size, self.backend, self.max_pixels, self.exif, self.processor)
+            if self.fingerprint == "content" and not isinstance(file, Image.Image):
+                content = read_content(file)  # The bytes that are hashed are those that are decoded.
+                details["image_sha256"] = hashlib.sha256(content).hexdigest()
+                file = io.BytesIO(content)
+            pixels, orientation = read_image(
+                file, record, size, self.backend, self.max_pixels, self.exif, self.processor
+            )
+        if orientation > 1:
+            details["orientation"] = orientation
+        return pixels, details
 
 
 SHARED_MEMORY = "/dev/shm"
@@ -103,15 +120,15 @@ class ImageBatches(Dataset[dict[str, Any]]):
             read = list(zip(batch, pool.map(self._pixels, batch, sizes), sizes, strict=True))
         items = [(record, found[0], size) for record, found, size in read if not isinstance(found, str)]
         failed = [(record.image_id, found) for record, found, _ in read if isinstance(found, str)]
-        turned = {record.image_id: found[1] for record, found, _ in read if not isinstance(found, str) and found[1] > 1}
-        collated = {**collate(items, self._padded, failed), "turned": turned}
+        details = {record.image_id: found[1] for record, found, _ in read if not isinstance(found, str) and found[1]}
+        collated = {**collate(items, self._padded, failed), "details": details}
         if get_worker_info() and isinstance(collated.get("pixels"), Tensor):
             # An error here reaches the main process. Later, in the thread that sends the batch, it would be lost.
             collated["pixels"].share_memory_()
         return collated
 
-    def _pixels(self, record: ImageRecord, size: Size) -> tuple[Tensor, int] | str:
-        """Return an image's pixels and orientation, or the reason why there are none."""
+    def _pixels(self, record: ImageRecord, size: Size) -> tuple[Tensor, Details] | str:
+        """Return an image's pixels and details, or the reason why there are none."""
         try:
             return self._read(record, size)
         except UnreadableImageError as error:

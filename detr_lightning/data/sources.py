@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeAlias
 from PIL import Image
 
 from detr_lightning.data.coco import COCOFile, read_coco_file
-from detr_lightning.data.decode import ImageFile, formats, open_image, rgb, turned_size
+from detr_lightning.data.decode import ImageFile, formats, open_image, read_content, rgb, turned_size
 from detr_lightning.data.files import find_file, image_folder, list_images, open_file
 from detr_lightning.data.records import Failure, ImageRecord
 from detr_lightning.errors import InputError, SettingError, SettingTypeError, UnreadableImageError
@@ -300,6 +300,30 @@ def measure(
         else:
             failures.append((found, reason))
     return measured, failures
+
+
+def hash_files(source: ImageSource, records: Sequence[ImageRecord]) -> dict[int, str]:
+    """Return the sha256 of images' files by id, read in parallel; an image in memory has none.
+
+    Raises:
+        InputError: A file cannot be read; the message names it.
+    """
+
+    def sha256(record: ImageRecord) -> str | None:
+        try:
+            file = source.open(record)
+            if isinstance(file, Image.Image):
+                return None
+            with contextlib.nullcontext() if isinstance(file, str | os.PathLike) else file:
+                return hashlib.sha256(read_content(file)).hexdigest()
+        except (FileNotFoundError, UnreadableImageError) as error:
+            raise InputError(
+                f"{error}. data.fingerprint content compares the files of finished images too: put it back, or use "
+                "data.fingerprint=names."
+            ) from error
+
+    hashes = in_threads(sha256, records, READERS, "Hashing images")
+    return {record.image_id: found for record, found in zip(records, hashes, strict=True) if found is not None}
 
 
 def select(

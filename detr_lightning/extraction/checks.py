@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from detr_lightning.errors import IncompleteError, InputError
+from detr_lightning.errors import SHOWN, IncompleteError, InputError, count
 from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.schema import RunSettings
 
 Place = Path | str
+
+HashFiles = Callable[[Collection[int]], Mapping[int, str]]
+"""Returns the sha256 of images' files by id."""
 
 
 def refuse_other_settings(
@@ -56,6 +60,33 @@ def refuse_other_images(
                     f"output_dir {output_dir} has image {image_id} with {name} {getattr(before, name)}, now "
                     f"it is {getattr(entry, name)}. Choose another output_dir, or writer.if_exists=overwrite."
                 )
+
+
+def refuse_changed_files(
+    output_dir: Place, finished: Mapping[int, ImageEntry], planned: Collection[int], hash_files: HashFiles
+) -> dict[int, ImageEntry]:
+    """Check that the files of finished images are those that were extracted.
+
+    Returns:
+        The entries of those whose file was not hashed then, with its sha256 of now.
+
+    Raises:
+        InputError: Files have changed; the message names them.
+    """
+    hashes = hash_files({image_id for image_id in planned if image_id in finished})
+    added = {i: replace(finished[i], image_sha256=found) for i, found in hashes.items() if not finished[i].image_sha256}
+    changed = [
+        repr(finished[i].file_name)
+        for i, found in hashes.items()
+        if i not in added and finished[i].image_sha256 != found
+    ]
+    if changed:
+        some = ", ".join(changed[:SHOWN]) + (", ..." if len(changed) > SHOWN else "")
+        raise InputError(
+            f"output_dir {output_dir} holds {count(len(changed), 'image')} whose file has changed since (another "
+            f"sha256): {some}. Put the earlier files back, choose another output_dir, or writer.if_exists=overwrite."
+        )
+    return added
 
 
 def refuse_missing(output_dir: Place, missing: Sequence[int], planned: int) -> None:

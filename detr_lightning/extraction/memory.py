@@ -35,7 +35,7 @@ class EmbeddingCollector(Callback):
         self.tensors: dict[int, dict[str, Tensor]] = {}
         self._features: dict[int, FeatureSizes] = {}
         self._failed: dict[int, str] = {}
-        self._turned: dict[int, int] = {}
+        self._details: dict[int, dict[str, Any]] = {}
 
     def on_predict_batch_end(
         self,
@@ -52,7 +52,7 @@ class EmbeddingCollector(Callback):
             InputError: A value is not finite, or does not fit into `dtype`.
         """
         self._failed.update(batch["failed"])
-        self._turned.update(batch.get("turned", {}))
+        self._details.update(batch.get("details", {}))
         arrived = HostBatch(outputs)
         arrived.wait()
         for (image_id, tensors), features in zip(split(arrived.tensors), sizes_of_batch(outputs), strict=True):
@@ -69,9 +69,8 @@ class EmbeddingCollector(Callback):
         for entry in planned:
             if entry.image_id in self.tensors:
                 size = sum(tensor.nbytes for tensor in self.tensors[entry.image_id].values())
-                orientation = self._turned.get(entry.image_id, entry.orientation)
-                features = self._features[entry.image_id]
-                images.append(replace(entry, features=features, bytes=size, orientation=orientation))
+                details = self._details.get(entry.image_id, {})
+                images.append(replace(entry, features=self._features[entry.image_id], bytes=size, **details))
             else:
                 reason = self._failed.get(entry.image_id, "it was not computed")
                 failed.append(SkippedImage(entry.image_id, entry.file_name, reason))

@@ -13,7 +13,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from detr_lightning.extraction.checks import refuse_missing, refuse_other_images, refuse_other_settings
+from detr_lightning.extraction.checks import (
+    HashFiles,
+    refuse_changed_files,
+    refuse_missing,
+    refuse_other_images,
+    refuse_other_settings,
+)
 from detr_lightning.extraction.journal import (
     Journal,
     LockedFile,
@@ -48,6 +54,7 @@ class ExtractionRun:
         images: The planned images.
         failures: Planned images that cannot be read.
         if_exists: `resume`, `overwrite` or `error`.
+        hash_files: Given, the files of finished images are compared with those that were extracted.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class ExtractionRun:
         images: Iterable[ImageEntry],
         failures: Iterable[SkippedImage] = (),
         if_exists: str = "resume",
+        hash_files: HashFiles | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.record = record
@@ -66,6 +74,7 @@ class ExtractionRun:
         self.token: str | None = None
         self.finished: dict[int, ImageEntry] = {}
         self.complete = False
+        self._hash_files = hash_files
         self._previous = PreviousRun()
         self._lock: LockedFile | None = None
         self._journal: Journal | None = None
@@ -107,13 +116,18 @@ class ExtractionRun:
             for image_id, entry in entries
             if whole.is_whole(f"{folder}/{file_name(image_id)}", entry.bytes)  # a Path costs as much
         }
+        hashed: dict[int, ImageEntry] = {}
         if self.finished:
             refuse_other_settings(folder, self.finished, lambda: previous.settings, self.record.settings)
             refuse_other_images(folder, self.finished, self.images)
+            if self._hash_files is not None:
+                hashed = refuse_changed_files(folder, self.finished, self.images, self._hash_files)
+                self.finished |= hashed
         self.complete = (
             (folder / METADATA).exists()
             and not (folder / STATE / RUN).exists()
             and not self.pending
+            and not hashed
             and self.failures.keys() <= previous.failed.keys()
         )
 

@@ -17,7 +17,13 @@ from pathlib import Path
 from torch import Tensor
 
 from detr_lightning.errors import InputError
-from detr_lightning.extraction.checks import refuse_missing, refuse_other_images, refuse_other_settings
+from detr_lightning.extraction.checks import (
+    HashFiles,
+    refuse_changed_files,
+    refuse_missing,
+    refuse_other_images,
+    refuse_other_settings,
+)
 from detr_lightning.extraction.journal import (
     Journal,
     LockedFile,
@@ -58,6 +64,7 @@ class TableRun:
         images: The planned images.
         failures: Planned images that cannot be read.
         if_exists: `resume`, `overwrite` or `error`.
+        hash_files: Given, the files of finished images are compared with those that were extracted.
         features: The feature maps of one image.
         commit_seconds: A rank commits its rows when its last commit is this long ago: a kill loses no older work.
     """
@@ -69,6 +76,7 @@ class TableRun:
         images: Iterable[ImageEntry],
         failures: Iterable[SkippedImage] = (),
         if_exists: str = "resume",
+        hash_files: HashFiles | None = None,
         *,
         features: FeatureSizes,
         commit_seconds: float = 30.0,
@@ -84,6 +92,8 @@ class TableRun:
         self._folder = None if is_url(output_dir) else Path(output_dir)
         self._schema = columns.table_schema(record, features)
         self._commit_seconds = commit_seconds
+        self._hash_files = hash_files
+        self._hashed: dict[int, ImageEntry] = {}
         self._version: int | None = None
         self._lock: LockedFile | None = None
         self._journal: Journal | None = None
@@ -102,7 +112,7 @@ class TableRun:
             FileExistsError: It is not empty, and `if_exists` is `error`.
             InputError: It holds files, another program's table, or a table of other settings or images.
         """
-        self.finished, self.complete, self._version = {}, False, None
+        self.finished, self.complete, self._version, self._hashed = {}, False, None, {}
         there = object_store.exists(self.output_dir)
         if self.if_exists == "error" and (there or self._is_used()):
             raise FileExistsError(
@@ -125,7 +135,12 @@ class TableRun:
         if self.finished:
             refuse_other_settings(self.output_dir, self.finished, lambda: found.record.settings, self.record.settings)
             refuse_other_images(self.output_dir, self.finished, self.images)
-        self.complete = self._has_metadata() and not self.pending and self.failures.keys() <= failed
+            if self._hash_files is not None:
+                self._hashed = refuse_changed_files(self.output_dir, self.finished, self.images, self._hash_files)
+                self.finished |= self._hashed
+        self.complete = (
+            self._has_metadata() and not self.pending and not self._hashed and self.failures.keys() <= failed
+        )
 
     def begin(self) -> None:
         """Take the table: make it, or clear up after a dead run, and register this one.
@@ -150,6 +165,7 @@ class TableRun:
         self._remove_metadata()
         tried_again = self.images.keys() | self.failures.keys()
         found.delete([place for entry, place in found.entries(skipped=True) if entry.image_id in tried_again])
+        found.record_hashes({image_id: str(entry.image_sha256) for image_id, entry in self._hashed.items()})
         self.token = uuid.uuid4().hex
         found.configure({_RUN + self.token: datetime.now(timezone.utc).isoformat()})
 

@@ -148,7 +148,7 @@ class EmbeddingWriter(BasePredictionWriter):
         }
         record = provenance(trainer, model, data, settings)
         if self.layout == FILES:
-            return ExtractionRun(Path(self.output_dir), record, images, failures, self.if_exists)
+            return ExtractionRun(Path(self.output_dir), record, images, failures, self.if_exists, data.hash_files)
         from detr_lightning.extraction.table_run import TableRun  # which needs Lance
 
         size = images[0].input_size if images else (32, 32)
@@ -158,6 +158,7 @@ class EmbeddingWriter(BasePredictionWriter):
             images,
             failures,
             self.if_exists,
+            data.hash_files,
             features=model.detr.architecture.feature_sizes(size),
             commit_seconds=self.commit_seconds,
         )
@@ -255,8 +256,8 @@ class EmbeddingWriter(BasePredictionWriter):
         assert pool is not None
         for image_id, reason in batch["failed"]:
             run.fail(image_id, reason)
-        for image_id, orientation in batch.get("turned", {}).items():
-            run.images[image_id] = replace(run.images[image_id], orientation=orientation)
+        for image_id, details in batch.get("details", {}).items():
+            run.images[image_id] = replace(run.images[image_id], **details)
         arrived = HostBatch(prediction)
         for (image_id, tensors), features in zip(split(arrived.tensors), sizes_of_batch(prediction), strict=True):
             self._writing.add(pool.submit(self._write, image_id, features, tensors, arrived))

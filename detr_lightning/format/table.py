@@ -110,6 +110,14 @@ class Table:
                 listed = ", ".join(map(str, row_ids[start : start + 1000]))
                 self.dataset.delete(f"_rowid IN ({listed})")
 
+    def record_hashes(self, hashes: Mapping[int, str]) -> None:
+        """Set `image_sha256` of rows by image id."""
+        if hashes:
+            columns = [pa.array(hashes.keys(), pa.int64()), pa.array(hashes.values(), pa.string())]
+            rows = pa.table(columns, names=["image_id", "image_sha256"])
+            with explained(self.uri):
+                self.dataset.merge_insert("image_id").when_matched_update_all().execute(rows)
+
     def empty(self, schema: pa.Schema) -> None:
         """Remove all rows, and take other columns."""
         with explained(self.uri):
