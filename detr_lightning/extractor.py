@@ -12,6 +12,7 @@ from torch import Tensor
 import detr_lightning
 from detr_lightning.batch import check_finite, sizes_to_batch
 from detr_lightning.data.coco import compare_names
+from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.detections import METRICS, best_detections, coco_results, evaluate, to_coco_ids
 from detr_lightning.errors import DETRLightningWarning, IncompleteError, InputError, SettingError, count
 from detr_lightning.format.keys import PREDICTIONS, FeatureSizes, resolve_keys
@@ -164,6 +165,16 @@ class DETRExtractor(LightningModule):
             kept = {name: tensors[name].clone() if tensors[name].is_inference() else tensors[name] for name in names}
         return {"image_id": batch["image_id"], **sizes_to_batch(features)} | kept
 
+    def warn_of_names(self, data: COCODataModule) -> None:
+        """Warn where annotations name categories otherwise than the checkpoint."""
+        differences, _ = compare_names(self.category_names, data.categories)
+        if differences:
+            warnings.warn(
+                f"{data.annotation_file} and {self.checkpoint.name} name categories differently: {differences}.",
+                DETRLightningWarning,
+                stacklevel=2,
+            )
+
     def on_validation_start(self) -> None:
         """Check that the model's categories are the annotations'.
 
@@ -190,12 +201,8 @@ class DETRExtractor(LightningModule):
                 f"No category of {data.annotation_file} has the name that {self.checkpoint.name} gives its id: "
                 f"{differences}. Use annotations with the model's ids, or a model trained on these."
             )
-        if differences and self.trainer.is_global_zero:
-            warnings.warn(
-                f"{data.annotation_file} and {self.checkpoint.name} name categories differently: {differences}.",
-                DETRLightningWarning,
-                stacklevel=2,
-            )
+        if self.trainer.is_global_zero:
+            self.warn_of_names(data)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int = 0, dataloader_idx: int = 0) -> None:
         """Keep the detections of a batch, in pixels of the original images.

@@ -84,6 +84,7 @@ class Job:
             complete = False
         else:
             complete = self.writer.plan(self.trainer, self.model, self.data).complete
+        self.model.warn_of_names(self.data)
         self.data.workers(self.trainer)  # which refuses what cannot be
         return complete
 

@@ -233,6 +233,29 @@ def test_names_that_are_another_models(images: Path, content: dict[str, Any], tm
     assert model.metrics["AP"] == pytest.approx(AP, abs=0.01)
 
 
+def test_predict_warns_of_names_that_are_another_models(
+    images: Path, content: dict[str, Any], run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    first = next(iter(names))
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    command = ("predict", *arguments(images), "--data.annotation_file", tmp_path / "a.json", "--dry_run")
+    command += ("--output_dir", tmp_path / "out")
+    shifted = {number + 1: name for number, name in names.items()}
+    for theirs, warning in (
+        (names, None),
+        (names | {first: "parrot"}, f"{first} is '{names[first]}' in the annotations and 'parrot' in the model"),
+        (shifted, f"which has '{names[first]}' at {first + 1}"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(DETRExtractor, "category_names", property(lambda _, named=theirs: named))
+            ran = run_cli(*command)
+        assert ran.code == 0, ran.err
+        lines = [line for line in ran.err.splitlines() if "name categories differently" in line]
+        assert len(lines) == (warning is not None)
+        assert warning is None or (lines[0].startswith("Warning: ") and warning in lines[0])
+
+
 def store_turned(images: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Store the images lying on their side, with an EXIF tag by which viewers turn them back; return their sizes."""
     for image in content["images"]:
