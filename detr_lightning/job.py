@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.errors import IncompleteError, SettingError, count
-from detr_lightning.extraction.run import ExtractionRun
+from detr_lightning.extraction.planned import PlannedRun
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.schema import Metadata
 from detr_lightning.launch import InterruptibleWait, launched_by_rank_0, launched_ranks
 from detr_lightning.ranks import from_rank_0, waits_for_launch
 from detr_lightning.system import available_cores, has_instructions, restore_settings
-
-if TYPE_CHECKING:
-    from detr_lightning.extraction.table_run import TableRun
 
 
 class Job:
@@ -57,7 +54,7 @@ class Job:
         if self.trainer.local_rank == 0:
             self.data.prepare_data()
 
-    def plan(self) -> ExtractionRun | TableRun | None:
+    def plan(self) -> PlannedRun | None:
         """Find the images and compare them with the output folder, on rank 0 alone; change nothing.
 
         Returns:

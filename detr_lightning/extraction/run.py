@@ -29,6 +29,7 @@ from detr_lightning.extraction.journal import (
     sweep,
     why_unseen,
 )
+from detr_lightning.extraction.planned import PlannedRun
 from detr_lightning.extraction.previous import PreviousRun, read_previous, stamp
 from detr_lightning.format.archive import WholeFiles
 from detr_lightning.format.entries import ImageEntry, SkippedImage
@@ -43,10 +44,8 @@ IF_EXISTS = ("resume", "overwrite", "error")
 """What `writer.if_exists` may be."""
 
 
-class ExtractionRun:
-    """One run of an extraction.
-
-    Rank 0 inspects the folder, begins and finishes; every rank joins, saves and leaves.
+class ExtractionRun(PlannedRun):
+    """One run of an extraction into a folder of files.
 
     Args:
         folder: The output folder; it may not exist yet.
@@ -66,23 +65,11 @@ class ExtractionRun:
         if_exists: str = "resume",
         hash_files: HashFiles | None = None,
     ) -> None:
+        super().__init__(record, images, failures, if_exists, hash_files)
         self.folder = Path(folder)
-        self.record = record
-        self.images = {entry.image_id: entry for entry in images}
-        self.failures = {entry.image_id: entry for entry in failures}
-        self.if_exists = if_exists
-        self.token: str | None = None
-        self.finished: dict[int, ImageEntry] = {}
-        self.complete = False
-        self._hash_files = hash_files
         self._previous = PreviousRun()
         self._lock: LockedFile | None = None
         self._journal: Journal | None = None
-
-    @property
-    def pending(self) -> list[ImageEntry]:
-        """The planned images that are not finished."""
-        return [entry for image_id, entry in self.images.items() if image_id not in self.finished]
 
     def inspect(self) -> None:
         """Find out what is finished, and change nothing.
@@ -120,8 +107,8 @@ class ExtractionRun:
         if self.finished:
             refuse_other_settings(folder, self.finished, lambda: previous.settings, self.record.settings)
             refuse_other_images(folder, self.finished, self.images)
-            if self._hash_files is not None:
-                hashed = refuse_changed_files(folder, self.finished, self.images, self._hash_files)
+            if self.hash_files is not None:
+                hashed = refuse_changed_files(folder, self.finished, self.images, self.hash_files)
                 self.finished |= hashed
         self.complete = (
             (folder / METADATA).exists()

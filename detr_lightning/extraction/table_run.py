@@ -33,6 +33,7 @@ from detr_lightning.extraction.journal import (
     sweep,
     why_unseen,
 )
+from detr_lightning.extraction.planned import PlannedRun
 from detr_lightning.extraction.row_writer import BUFFER, RowWriter
 from detr_lightning.format import columns, object_store
 from detr_lightning.format.entries import ImageEntry, SkippedImage
@@ -55,8 +56,8 @@ _RUN = "detr_lightning.run."
 """Begins the keys of the dataset's config under which runs register while they live."""
 
 
-class TableRun:
-    """One run of an extraction into a table: the same steps as `ExtractionRun`.
+class TableRun(PlannedRun):
+    """One run of an extraction into a table.
 
     Args:
         output_dir: The folder, or its URL on an object store.
@@ -81,28 +82,16 @@ class TableRun:
         features: FeatureSizes,
         commit_seconds: float = 30.0,
     ) -> None:
+        super().__init__(record, images, failures, if_exists, hash_files)
         self.output_dir = output_dir
-        self.record = record
-        self.images = {entry.image_id: entry for entry in images}
-        self.failures = {entry.image_id: entry for entry in failures}
-        self.if_exists = if_exists
-        self.token: str | None = None
-        self.finished: dict[int, ImageEntry] = {}
-        self.complete = False
         self._folder = None if is_url(output_dir) else Path(output_dir)
         self._schema = columns.table_schema(record, features)
         self._commit_seconds = commit_seconds
-        self._hash_files = hash_files
         self._hashed: dict[int, ImageEntry] = {}
         self._version: int | None = None
         self._lock: LockedFile | None = None
         self._journal: Journal | None = None
         self._rows: RowWriter | None = None
-
-    @property
-    def pending(self) -> list[ImageEntry]:
-        """The planned images that are not finished."""
-        return [entry for image_id, entry in self.images.items() if image_id not in self.finished]
 
     def inspect(self) -> None:
         """Find out what is finished, and change nothing.
@@ -135,8 +124,8 @@ class TableRun:
         if self.finished:
             refuse_other_settings(self.output_dir, self.finished, lambda: found.record.settings, self.record.settings)
             refuse_other_images(self.output_dir, self.finished, self.images)
-            if self._hash_files is not None:
-                self._hashed = refuse_changed_files(self.output_dir, self.finished, self.images, self._hash_files)
+            if self.hash_files is not None:
+                self._hashed = refuse_changed_files(self.output_dir, self.finished, self.images, self.hash_files)
                 self.finished |= self._hashed
         self.complete = (
             self._has_metadata() and not self.pending and not self._hashed and self.failures.keys() <= failed

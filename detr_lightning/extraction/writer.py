@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -18,6 +18,7 @@ from detr_lightning.batch import HostBatch, keep_queries, sizes_of_batch, split,
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.data.sources import Known
 from detr_lightning.errors import SettingError, SettingTypeError, check_choice
+from detr_lightning.extraction.planned import PlannedRun
 from detr_lightning.extraction.previous import read_previous
 from detr_lightning.extraction.provenance import provenance
 from detr_lightning.extraction.run import IF_EXISTS, ExtractionRun
@@ -28,9 +29,6 @@ from detr_lightning.format.names import is_url
 from detr_lightning.format.schema import FILES, LANCE, LAYOUTS, Metadata
 from detr_lightning.ranks import from_rank_0, gather
 from detr_lightning.system import SideThreads
-
-if TYPE_CHECKING:
-    from detr_lightning.extraction.table_run import TableRun
 
 QUEUED_IMAGES = 64
 """Images that may wait to be written. Then the model waits for the disk, and memory stays as it is."""
@@ -101,7 +99,7 @@ class EmbeddingWriter(BasePredictionWriter):
         if min_score is not None and not 0 <= min_score <= 1:
             raise SettingError(f"writer.min_score is {min_score}; a score is a probability, from 0 to 1.")
         self.min_score = min_score
-        self.extraction: ExtractionRun | TableRun | None = None
+        self.extraction: PlannedRun | None = None
         self.finished: frozenset[int] = frozenset()
         self.metadata: Metadata | None = None
         self.images_written = 0
@@ -112,7 +110,7 @@ class EmbeddingWriter(BasePredictionWriter):
         self._keys: tuple[str, ...] = ()
         self._scoring = "softmax"
 
-    def plan(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun | TableRun:
+    def plan(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> PlannedRun:
         """Compare what is asked for with what the folder holds, and change nothing.
 
         Raises:
@@ -137,7 +135,7 @@ class EmbeddingWriter(BasePredictionWriter):
             return known_images(str(self.output_dir))
         return read_previous(Path(self.output_dir)).known
 
-    def _run(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> ExtractionRun | TableRun:
+    def _run(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> PlannedRun:
         images, failures = planned_images(data)
         settings = {
             "output_dir": str(self.output_dir),

@@ -38,6 +38,7 @@ FIELDS = {
     "backbone_size": _PAIR,
     "num_queries": pa.int32(),
     "image_sha256": pa.string(),
+    "orientation": pa.int32(),
     "error": pa.string(),
 }
 """The columns that describe an image. They stand before those of the keys."""

@@ -59,7 +59,7 @@ def test_entries_come_back(tmp_path: Path) -> None:
     several = FeatureSizes(((4, 4), (2, 2)), (1, 1))
     for features, folder in ((FeatureSizes.single((3, 4)), tmp_path / "one"), (several, tmp_path / "several")):
         schema = columns.table_schema(record(keys=("pred_boxes",)), features)
-        kept = replace(entry(6, features), num_queries=2, image_sha256="0" * 64)
+        kept = replace(entry(6, features), num_queries=2, image_sha256="0" * 64, orientation=6)
         entries = [entry(4, features), SkippedImage(5, "5.jpg", "not an image"), kept]
         made = table.Table.create(folder, schema)
         made.append(table.write_rows(folder, schema, [(one, {}) for one in entries]))

@@ -1,0 +1,108 @@
+"""One run of an extraction, whatever its layout: what is planned, and the steps that every run goes through."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from detr_lightning.extraction.checks import HashFiles
+from detr_lightning.format.entries import ImageEntry, SkippedImage
+from detr_lightning.format.keys import FeatureSizes
+from detr_lightning.format.schema import Metadata, RunRecord
+
+
+class PlannedRun(ABC):
+    """One run of an extraction. Rank 0 inspects, begins and finishes; every rank joins, saves and leaves.
+
+    Args:
+        record: The metadata without the images.
+        images: The planned images.
+        failures: Planned images that cannot be read.
+        if_exists: `resume`, `overwrite` or `error`.
+        hash_files: Given, the files of finished images are compared with those that were extracted.
+
+    Attributes:
+        token: What tells this run from others, once it has begun.
+        finished: After `inspect`, the images that need not be computed.
+        complete: After `inspect`, whether nothing is left to do.
+    """
+
+    def __init__(
+        self,
+        record: RunRecord,
+        images: Iterable[ImageEntry],
+        failures: Iterable[SkippedImage] = (),
+        if_exists: str = "resume",
+        hash_files: HashFiles | None = None,
+    ) -> None:
+        self.record = record
+        self.images = {entry.image_id: entry for entry in images}
+        self.failures = {entry.image_id: entry for entry in failures}
+        self.if_exists = if_exists
+        self.hash_files = hash_files
+        self.token: str | None = None
+        self.finished: dict[int, ImageEntry] = {}
+        self.complete = False
+
+    @property
+    def pending(self) -> list[ImageEntry]:
+        """The planned images that are not finished."""
+        return [entry for image_id, entry in self.images.items() if image_id not in self.finished]
+
+    @abstractmethod
+    def inspect(self) -> None:
+        """Find out what is finished, and change nothing.
+
+        Raises:
+            OSError: The output folder cannot be used or read.
+            FileExistsError: It is not empty, and `if_exists` is `error`.
+            InputError: It holds another extraction, whose layout, settings or images differ.
+        """
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Take the output folder: refuse if another run has it, and clear up after a dead one.
+
+        Raises:
+            BusyError: Another run is at work in it.
+            OSError: It cannot be written.
+        """
+
+    @abstractmethod
+    def join(self, rank: int) -> None:
+        """Start this rank."""
+
+    @abstractmethod
+    def shares_folder(self, token: str) -> bool:
+        """Return whether this rank sees the run that rank 0 began: whether both write to one place."""
+
+    @abstractmethod
+    def unseen(self, world_size: int) -> list[str | None]:
+        """Return for each rank, all having joined, None or why this process would not see that it is alive."""
+
+    @abstractmethod
+    def save(self, image_id: int, tensors: Mapping[str, Tensor], features: FeatureSizes) -> int:
+        """Keep an image's tensors; return their bytes. Any thread may call it."""
+
+    @abstractmethod
+    def fail(self, image_id: int, reason: str) -> None:
+        """Record that an image was skipped."""
+
+    @abstractmethod
+    def leave(self, done: bool) -> None:
+        """End this rank; `done` tells that it went through all its images."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of the output folder without finishing."""
+
+    @abstractmethod
+    def finish(self, world_size: int) -> Metadata:
+        """Wait for all ranks, count, and write the metadata.
+
+        Raises:
+            IncompleteError: A planned image is missing.
+            RuntimeError: A rank ended early.
+        """
