@@ -41,6 +41,7 @@ class DETRExtractor(LightningModule):
         ema: Take the averaged (EMA) weights of a file that also holds others.
         compile: Run the network through `torch.compile`.
         tf32: Let float32 matrix products and convolutions on a GPU round their inputs to TensorFloat-32.
+        plan_only: Do without the weights of an official name that are not on this machine: enough to plan a run.
 
     Raises:
         SettingError: An unknown extract type or key.
@@ -58,11 +59,12 @@ class DETRExtractor(LightningModule):
         ema: bool | None = None,
         compile: bool = False,
         tf32: bool = False,
+        plan_only: bool = False,
     ) -> None:
         super().__init__()
         self.keys = resolve_keys(extract_type, keys)
-        self.save_hyperparameters()
-        self.checkpoint = load(weights, nheads, dilation, ema)
+        self.save_hyperparameters(ignore=["plan_only"])
+        self.checkpoint = load(weights, nheads, dilation, ema, plan_only)
         if missing := [key for key in self.keys if key not in self.detr.keys]:
             raise SettingError(
                 f"{self.checkpoint.name}, a {self.checkpoint.family}, has no {missing[0]}. "
@@ -96,6 +98,8 @@ class DETRExtractor(LightningModule):
         self._build(None)
 
     def _build(self, dtype: torch.dtype | None) -> None:
+        if not self.checkpoint.sha256:
+            raise SettingError(f"The weights of {self.checkpoint.name} are not there: plan_only is for plans alone.")
         keep_freed_memory()
         allow_tf32(self.hparams["tf32"])
         network = fold(self.detr, dtype) if isinstance(self.detr, DETR) else self.detr.for_inference(dtype)

@@ -35,6 +35,11 @@ def announcement(job: Job, free: int | None) -> list[RenderableType]:
     assert run is not None, "plan comes first"
     lines = [f"{model.checkpoint.name}: {model.checkpoint.notes}"]
     finished = len(run.finished)
+    if finished and not model.checkpoint.sha256:
+        lines.append(
+            f"Whether {writer.output_dir} was extracted with these weights cannot be compared without them: a run "
+            "compares before it begins."
+        )
     if run.complete:
         return [*lines, f"{writer.output_dir} is finished: {count(finished, 'image')}, all there. Nothing to do."]
     others = f", {finished} more are there already" if finished else ""

@@ -29,7 +29,7 @@ GROUPS = {
 GROUPS_OF = {"predict": ("data", "model", "writer"), "validate": ("data", "model")}
 """The groups that a verb uses."""
 
-LINKS = {"extract_type": "model.extract_type", "output_dir": "writer.output_dir"}
+LINKS = {"extract_type": "model.extract_type", "output_dir": "writer.output_dir", "dry_run": "model.plan_only"}
 """Top-level keys, and the settings they stand for."""
 
 TITLES = {"data": "Images:", "model": "Model:", "writer": "Files:"}
@@ -84,7 +84,7 @@ TOP = {
             "backbone_features; all: all of these. Each has pred_logits and pred_boxes too.",
         ),
         Setting("output_dir", "FOLDER", "'./embeddings_output'", "The folder to write to. It is created if missing."),
-        Setting("dry_run", "", "False", "Print the plan, and stop."),
+        Setting("dry_run", "", "False", "Print the plan, and stop. It needs no download of official weights."),
         _SLOW,
     ),
     "validate": (_CONFIG, Setting("output", "FILE.json", "None", "Also write the numbers to this file."), _SLOW),

@@ -18,6 +18,8 @@ from detr_lightning.format.keys import ModelShape
 FILES, LANCE = LAYOUTS = ("files", "lance")
 """The values of `writer.layout`."""
 
+_WEIGHTS = "weights (sha256)"
+
 PREPROCESSING_BEFORE = {"exif": "ignore"}
 """Settings of the preprocessing that older metadata lacks, with the values that were then in force."""
 
@@ -28,7 +30,7 @@ class ModelRecord:
 
     Attributes:
         weights: The weights' name.
-        sha256: Of the weights.
+        sha256: Of the weights; empty in a plan that is made without them.
         architecture: The sizes of the network, those of `ModelShape` among them.
         family: Which kind of detector it is, such as `detr` or `rt_detr_v2`.
         scoring: `softmax`, where the last logit is "no object", or `sigmoid`, where every logit is a category.
@@ -102,8 +104,13 @@ class RunSettings:
     min_score: float | None = None
 
     def differences(self, earlier: RunSettings) -> list[str]:
-        """Return what an earlier run had set differently, under the names that users know."""
+        """Return what an earlier run had set differently, under the names that users know.
+
+        Unknown weights are not compared.
+        """
         then, now = earlier._named(), self._named()
+        if not self.model.sha256:
+            del then[_WEIGHTS], now[_WEIGHTS]
         names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
         return [f"{name} was {then.get(name)}, now {now.get(name)}" for name in names]
 
@@ -126,7 +133,7 @@ class RunSettings:
 
     def _named(self) -> dict[str, Any]:
         named = {
-            "weights (sha256)": self.model.sha256,
+            _WEIGHTS: self.model.sha256,
             "architecture": self.model.architecture,
             "model family": self.model.family,
             "scoring": self.model.scoring,

@@ -22,7 +22,8 @@ class Checkpoint:
         model: Ready for inference, in float32 on the CPU.
         name: The official name, the hub id, `random`, or the name of the local file or folder.
         sha256: Of the file; of several files, as if they were one; of the tensors if they are random. With averaged
-            weights that were chosen over others, of the file's sha256 and the word `ema`.
+            weights that were chosen over others, of the file's sha256 and the word `ema`. Empty where the weights are
+            not there, and the model has only its shapes.
         notes: What was decided that tensors do not tell, for the user to read.
         preprocessing: How images become the model's input.
         category_names: The name of a category by logit index; None where the checkpoint has no names.

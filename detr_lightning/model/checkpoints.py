@@ -23,7 +23,7 @@ from detr_lightning.format.preprocessing import Preprocessing
 from detr_lightning.model.checkpoint import Checkpoint
 from detr_lightning.model.detr import hugging_face
 from detr_lightning.model.detr.detr import DETR, Architecture
-from detr_lightning.model.detr.official import OFFICIAL, fetch
+from detr_lightning.model.detr.official import OFFICIAL, Official, fetch
 from detr_lightning.model.family_folder import load_folder
 from detr_lightning.model.labels import coco_ids
 from detr_lightning.model.state_dicts import find_detr, taken_for
@@ -40,7 +40,13 @@ ENCODER = "transformer.encoder.layers."
 DECODER = "transformer.decoder.layers."
 
 
-def load(weights: str, nheads: int | None = None, dilation: bool | None = None, ema: bool | None = None) -> Checkpoint:
+def load(
+    weights: str,
+    nheads: int | None = None,
+    dilation: bool | None = None,
+    ema: bool | None = None,
+    plan_only: bool = False,
+) -> Checkpoint:
     """Find weights, read the architecture off them, and build the model.
 
     Args:
@@ -49,6 +55,7 @@ def load(weights: str, nheads: int | None = None, dilation: bool | None = None, 
         nheads: The number of attention heads; None takes what is known of the weights, else 8.
         dilation: Whether the last stage is dilated (DC5); None takes what is known of the weights, else false.
         ema: Whether to take a file's averaged (EMA) weights; None takes them where the file has no others.
+        plan_only: Whether an official model may come without its weights, on the meta device, instead of a download.
 
     Raises:
         FileNotFoundError: There is no such file, or the folder lacks one.
@@ -58,17 +65,16 @@ def load(weights: str, nheads: int | None = None, dilation: bool | None = None, 
     """
     if weights == RANDOM:
         return _random(nheads, dilation)
+    official = OFFICIAL.get(weights)
+    if plan_only and official and not ema and official.cached_sha256() is None:
+        return _without_weights(weights, official, nheads, dilation)
     folder = _folder(weights)
     if folder is not None and (model_type := hugging_face.read_config(folder[0]).get("model_type")) != "detr":
         if any(value is not None for value in (nheads, dilation, ema)):
             raise SettingError("model.nheads, model.dilation and model.ema are for DETR alone. Leave them out.")
         return load_folder(*folder, str(model_type))
     source = _from_file(weights, ema) if folder is None else _from_folder(*folder, ema)
-    architecture = _sizes(source)
-    heads, heads_from = _settle(source, "nheads", nheads, architecture.nheads)
-    dilated, dilated_from = _settle(source, "dilation", dilation, False)
-    architecture = _checked(replace(architecture, nheads=heads, dilation=dilated))
-    notes = f"{architecture.name}: {heads} heads ({heads_from}), {'' if dilated else 'not '}dilated ({dilated_from})"
+    architecture, notes = _settled(source, _sizes(source), nheads, dilation)
     # Copied, for a file may be mapped, and may be replaced while the model is in use.
     tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in source.tensors.items()}
     model = _fill(source.name, architecture, tensors)
@@ -203,6 +209,17 @@ def _sizes(source: _Source) -> Architecture:
     )
 
 
+def _settled(
+    source: _Source, sizes: Architecture, nheads: int | None, dilation: bool | None
+) -> tuple[Architecture, str]:
+    """Return the architecture with what tensors do not tell, and, for the user, what that was taken from."""
+    heads, heads_from = _settle(source, "nheads", nheads, sizes.nheads)
+    dilated, dilated_from = _settle(source, "dilation", dilation, False)
+    architecture = _checked(replace(sizes, nheads=heads, dilation=dilated))
+    told = f"{heads} heads ({heads_from}), {'' if dilated else 'not '}dilated ({dilated_from})"
+    return architecture, f"{architecture.name}: {told}"
+
+
 def _settle(source: _Source, setting: str, given: Any, default: Any) -> tuple[Any, str]:
     """Return a setting's value and, for the user, what it was taken from."""
     known = source.known.get(setting)
@@ -254,6 +271,19 @@ def _fill(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) 
         )
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _without_weights(weights: str, official: Official, nheads: int | None, dilation: bool | None) -> Checkpoint:
+    """Build an official model whose weights have not been downloaded: its shapes alone."""
+    source = _Source(weights, "", {}, official.known, "official")
+    architecture, notes = _settled(source, official.architecture, nheads, dilation)
+    with torch.device("meta"):
+        model = DETR(architecture).eval().requires_grad_(False)
+    names = official.category_names
+    notes += f". Its weights are not on this machine: a run downloads {official.url} first"
+    return Checkpoint(
+        model, weights, "", notes, category_names=names, category_ids=coco_ids(names, architecture.num_logits - 1)
+    )
 
 
 def _random(nheads: int | None, dilation: bool | None) -> Checkpoint:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from detr_lightning.model.detr.detr import Architecture
 from detr_lightning.model.labels import STUFF, coco_names
 from detr_lightning.model.weight_files import first_line, sha256_of
 
@@ -45,6 +46,32 @@ class Official:
         return {"nheads": 8, "dilation": self.dilation}
 
     @property
+    def architecture(self) -> Architecture:
+        """The sizes of its network, which its tensors tell too, once they are there."""
+        return Architecture(
+            blocks=(3, 4, 23 if "r101" in self.file else 6, 3),
+            num_logits=251 if "panoptic" in self.file else 92,
+            **self.known,
+        )
+
+    @property
+    def url(self) -> str:
+        """Where it is published."""
+        return BASE_URL + self.file
+
+    @property
+    def path(self) -> Path:
+        """Where torch's hub cache has it, once it is downloaded."""
+        return Path(torch.hub.get_dir(), "checkpoints", self.file)
+
+    def cached_sha256(self) -> str | None:
+        """Return the sha256 of its file in the cache; None where there is none, or a damaged one."""
+        if not self.path.is_file():
+            return None
+        sha256 = sha256_of([self.path])
+        return sha256 if sha256.startswith(self.sha256_prefix) else None
+
+    @property
     def category_names(self) -> dict[int, str]:
         """The names of COCO's categories by id, which is the logit's index; those of panoptic models with stuff."""
         return coco_names() | (STUFF if "panoptic" in self.file else {})
@@ -70,16 +97,14 @@ def fetch(checkpoint: Official) -> tuple[Path, str]:
     Raises:
         ConnectionError: It could not be downloaded, or what arrived is another file.
     """
-    url, sha256_prefix = BASE_URL + checkpoint.file, checkpoint.sha256_prefix
-    path = Path(torch.hub.get_dir(), "checkpoints", checkpoint.file)
+    url, path, sha256_prefix = checkpoint.url, checkpoint.path, checkpoint.sha256_prefix
     cached = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent), _giving_up_after(STALLED_AFTER):
+            if sha256 := checkpoint.cached_sha256():
+                return path, sha256
             if path.is_file():
-                sha256 = sha256_of([path])
-                if sha256.startswith(sha256_prefix):
-                    return path, sha256
                 cached = " The file that is there now is damaged."
             torch.hub.download_url_to_file(url, str(path), sha256_prefix, progress=sys.stderr.isatty())
             return path, sha256_of([path])
