@@ -75,7 +75,7 @@ class EmbeddingWriter(BasePredictionWriter):
         if_exists: str = "resume",
         threads: int = 2,
         min_score: float | None = None,
-        layout: str = FILES,
+        layout: str = "files",
         commit_seconds: float = 30.0,
     ) -> None:
         super().__init__("batch")
