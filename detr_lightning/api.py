@@ -49,6 +49,7 @@ def extract(
     allow_slow_precision: bool = False,
     progress: bool = True,
     model: dict[str, Any] | DETRExtractor | None = None,
+    writer: dict[str, Any] | None = None,
     **data: Any,
 ) -> EmbeddingStore:
     """Extract embeddings on one device, with the same numbers as the command.
@@ -69,6 +70,8 @@ def extract(
         progress: Whether to show a progress bar.
         model: Further settings of `DETRExtractor`, such as `{"nheads": 8}`; or a `DETRExtractor`, whose weights, keys
             and settings then count.
+        writer: Further settings of `EmbeddingWriter`, for `output_dir`: `{"min_score": 0.5}` keeps only the queries
+            that score at least this, `{"layout": "lance"}` writes one table.
         **data: Further settings of `COCODataModule`, such as `limit`, `batch_size` or `on_error`.
 
     Returns:
@@ -82,7 +85,9 @@ def extract(
         FileNotFoundError: An image, the folder, the annotations or the weights are not there.
     """
     with _own_words():
-        _check_names(data)
+        _check_names(data, writer or {})
+        if writer and output_dir is None:
+            raise SettingError(f"writer={writer} is for what is written to disk. Set output_dir, or leave it out.")
         if (multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]) != "fork":
             data.setdefault("num_workers", 0)  # Other workers would run the caller's script again.
         datamodule = _images(images, annotation_file, data)
@@ -90,7 +95,9 @@ def extract(
             extractor = model
         else:
             extractor = DETRExtractor(os.fspath(weights), extract_type, keys, **(model or {}))
-        writer = None if output_dir is None else EmbeddingWriter(os.fspath(output_dir), dtype, if_exists)
+        to_disk = None
+        if output_dir is not None:
+            to_disk = EmbeddingWriter(os.fspath(output_dir), dtype, if_exists, **(writer or {}))
         collector = EmbeddingCollector(dtype)
         with quiet_lightning():
             trainer = Trainer(
@@ -101,32 +108,39 @@ def extract(
                 enable_checkpointing=False,
                 enable_model_summary=False,
                 enable_progress_bar=progress,
-                callbacks=[*([ImageProgress()] if progress else []), writer or collector],
+                callbacks=[*([ImageProgress()] if progress else []), to_disk or collector],
                 plugins=[LightningEnvironment()],  # One process, whatever an allocation of a cluster says.
             )
-            job = Job(trainer, extractor, datamodule, writer)
+            job = Job(trainer, extractor, datamodule, to_disk)
             try:
                 job.prepare(precision, allow_slow_precision)
                 job.plan()
                 job.predict()
             except SystemExit as stopped:  # Lightning's answer to Ctrl-C would end the caller's program.
                 raise KeyboardInterrupt from stopped
-        metadata = job.finish() if writer else collector.metadata(trainer, extractor, datamodule)
+        metadata = job.finish() if to_disk else collector.metadata(trainer, extractor, datamodule)
         _warn_of([entry.file_name for entry in metadata.failed] if metadata else [])
-        if writer:
-            return EmbeddingStore(writer.output_dir)
+        if to_disk:
+            return EmbeddingStore(to_disk.output_dir)
         assert metadata is not None
         content = json.dumps(metadata.to_json()).encode()
         return EmbeddingStore.of("memory", MetadataFile(Path("memory"), content), MemoryTensors(collector.tensors))
 
 
-def _check_names(data: Mapping[str, Any]) -> None:
-    allowed = [*inspect.signature(COCODataModule).parameters, *inspect.signature(extract).parameters]
-    for name in data:
-        if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(dict.fromkeys(allowed))}."
-            raise SettingTypeError(f"extract has no setting {name!r}. {hint}")
+def _check_names(data: Mapping[str, Any], writer: Mapping[str, Any]) -> None:
+    own = inspect.signature(extract).parameters
+    of_writer = [name for name in inspect.signature(EmbeddingWriter).parameters if name not in own]
+    for given, place, allowed in (
+        (data, "extract", [*inspect.signature(COCODataModule).parameters, *own]),
+        (writer, "writer", of_writer),
+    ):
+        for name in given:
+            if name not in allowed:
+                near = difflib.get_close_matches(name, allowed, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(dict.fromkeys(allowed))}."
+                if name in of_writer:
+                    hint = f'Give it as writer={{"{name}": ...}}.'
+                raise SettingTypeError(f"{place} has no setting {name!r}. {hint}")
 
 
 def _images(
@@ -159,10 +173,11 @@ def in_python(text: str) -> str:
     classes = {"data": COCODataModule, "writer": EmbeddingWriter, "trainer": Trainer, "model": DETRExtractor}
     for group, configured in classes.items():
         for name in inspect.signature(configured).parameters:
-            # `model` has an argument of its own; most of its settings are given in a dict.
-            inside = group == "model" and name not in ("weights", "keys")
-            ours = f'model={{"{name}": ...}}' if inside else name
-            text = re.sub(rf"(?<![\w/.]){group}\.{name}=(\w+)", rf"{name}='\1'", text)
+            # `model` and `writer` have an argument of their own; most of their settings are given in a dict.
+            inside = group in ("model", "writer") and name not in inspect.signature(extract).parameters
+            ours = f'{group}={{"{name}": ...}}' if inside else name
+            value = rf'{group}={{"{name}": "\1"}}' if inside else rf"{name}='\1'"
+            text = re.sub(rf"(?<![\w/.]){group}\.{name}=(\w+)", value, text)
             text = re.sub(rf"(?<![\w/.]){group}\.{name}\b", ours, text)
     return text.replace("--allow_slow_precision", "allow_slow_precision=True")
 

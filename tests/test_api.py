@@ -127,6 +127,34 @@ def test_settings_reach_the_model_and_the_data(coco_folder: Coco, tiny_weights: 
         read(coco_folder.images, tiny_weights, keys="query_embeddings")
 
 
+def test_settings_of_the_writer(coco_folder: Coco, tiny_weights: Path, tmp_path: Path, written: EmbeddingStore) -> None:
+    scores = written.stack("pred_logits")[1].softmax(-1)[..., :-1].amax(-1)  # [8, 10]
+    settings = dict(weights=tiny_weights, keys=["query_embeddings"], limit=2, progress=False, **SMALL)
+    kept = {"min_score": scores[:2].median().item()}
+    store = extract(coco_folder.images, output_dir=tmp_path / "out", writer=kept, **settings)
+    assert store.metadata["min_score"] == kept["min_score"]
+    rows = store.rows("query_embeddings")
+    assert 0 < len(rows.queries) < 20
+    for image_id, seen in zip(store.image_ids, scores[:2] >= kept["min_score"], strict=True):
+        assert rows.queries[rows.image_ids == image_id].tolist() == seen.nonzero()[:, 0].tolist()
+    for message, writer in (
+        (r'writer=\{"min_score": ...\} is 2', {"min_score": 2}),
+        (r"'min_scor'\. Did you mean 'min_score'", {"min_scor": 0.5}),
+        (r"'dtype'\. It has threads, min_score", {"dtype": "float16"}),
+        (r'writer=\{"min_score": ...\} was .*, now None', {}),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            extract(coco_folder.images, output_dir=tmp_path / "out", writer=writer, **settings)
+    with pytest.raises(ValueError, match="Set output_dir"):
+        extract(coco_folder.images, writer=kept, **settings)
+    with pytest.raises(TypeError, match=r'no setting \'layout\'\. Give it as writer=\{"layout": ...\}'):
+        extract(coco_folder.images, output_dir=tmp_path / "out", layout="lance", **settings)
+    pytest.importorskip("lance")
+    table = extract(coco_folder.images, output_dir=tmp_path / "table", writer={**kept, "layout": "lance"}, **settings)
+    assert table.is_table
+    assert table[1]["query_embeddings"].equal(store[1]["query_embeddings"])
+
+
 def test_a_probe_can_be_trained_on_what_is_returned(coco_folder: Coco, tiny_weights: Path) -> None:
     found = read(coco_folder.images, tiny_weights)
     for tensors in found.values():
@@ -315,3 +343,4 @@ def test_messages_speak_of_the_arguments_of_extract(coco_folder: Coco, tiny_weig
             read(coco_folder.images, tiny_weights, **settings)
     assert in_python("/photos/data.limit/model.pth: raise data.limit") == "/photos/data.limit/model.pth: raise limit"
     assert in_python("Store it with writer.dtype=float32.") == "Store it with dtype='float32'."
+    assert in_python("Use writer.layout=lance.") == """Use writer={"layout": "lance"}."""
