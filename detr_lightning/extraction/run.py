@@ -88,7 +88,7 @@ class ExtractionRun(PlannedRun):
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"output_dir {folder} is a file. Choose a folder, or remove the file.")
         self.finished, self.complete = {}, False
-        if self.if_exists == "error" and folder.exists() and any(os.scandir(folder)):
+        if self.if_exists == "error" and folder.exists() and any(folder.iterdir()):
             raise FileExistsError(
                 f"output_dir {folder} is not empty, and writer.if_exists is 'error'. Choose another folder, "
                 "or writer.if_exists=resume to go on or overwrite to start again."
