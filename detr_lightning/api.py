@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from detr_lightning.extraction.memory import EmbeddingCollector
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.metadata import MetadataFile
+from detr_lightning.format.schema import LANCE
 from detr_lightning.job import Job
 from detr_lightning.progress import ImageProgress
 from detr_lightning.store import EmbeddingStore
@@ -88,7 +90,9 @@ def extract(
         _check_names(data, writer or {})
         if writer and output_dir is None:
             raise SettingError(f"writer={writer} is for what is written to disk. Set output_dir, or leave it out.")
-        if (multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]) != "fork":
+        method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+        lance = "lance" in sys.modules or (writer or {}).get("layout") == LANCE  # It does not survive a fork.
+        if method != "fork" or lance:
             data.setdefault("num_workers", 0)  # Other workers would run the caller's script again.
         datamodule = _images(images, annotation_file, data)
         if isinstance(model, DETRExtractor):

@@ -27,6 +27,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 QUIET = (
     r".*does not have many workers.*",
+    r".*Consider setting `persistent_workers=True`.*",  # a run has one epoch
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r".*multi-threaded, use of fork\(\) may lead to deadlocks.*",
     r".*AMP with fp16 is not supported on CPU.*",  # job.py refuses it
