@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     """Print what the folder holds, and how often each category was detected."""
     out = Console()
     out.print(summary(options.folder))
-    store = EmbeddingStore(options.folder)
+    store = EmbeddingStore(options.folder, partial=True)
     if len(store) and set(PREDICTIONS) <= set(store.embedding_keys):
         images = min(len(store), READ)
         part = f" of {len(store)}" if images < len(store) else ""

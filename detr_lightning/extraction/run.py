@@ -155,7 +155,8 @@ class ExtractionRun(PlannedRun):
             journal.unlink()
         self.token = uuid.uuid4().hex
         self._previous.recorded |= self.images.keys()
-        write_json(state / RUN, run_to_json(self.token, self._previous.recorded, self.record))
+        num_planned = len(self.finished.keys() | self.images.keys())
+        write_json(state / RUN, run_to_json(self.token, self._previous.recorded, self.record, num_planned))
         (self.folder / METADATA).unlink(missing_ok=True)
 
     def join(self, rank: int) -> None:

@@ -41,7 +41,7 @@ from detr_lightning.format.files import fsync_folder, to_json_bytes, write_json
 from detr_lightning.format.keys import QUERY_INDEX, FeatureSizes
 from detr_lightning.format.names import METADATA, STATE, is_url
 from detr_lightning.format.schema import LANCE, Metadata, RunRecord
-from detr_lightning.format.table import Table
+from detr_lightning.format.table import PLANNED, Table
 
 SILENCE = 600.0
 """Seconds without a new version after which a run on an object store gives up on its other ranks."""
@@ -156,7 +156,9 @@ class TableRun(PlannedRun):
         found.delete([place for entry, place in found.entries(skipped=True) if entry.image_id in tried_again])
         found.record_hashes({image_id: str(entry.image_sha256) for image_id, entry in self._hashed.items()})
         self.token = uuid.uuid4().hex
-        found.configure({_RUN + self.token: datetime.now(timezone.utc).isoformat()})
+        num_planned = len(self.finished.keys() | self.images.keys())
+        begun = datetime.now(timezone.utc).isoformat()
+        found.configure({_RUN + self.token: begun, PLANNED: str(num_planned)})
 
     def join(self, rank: int) -> None:
         """Start this rank."""
@@ -265,7 +267,7 @@ class TableRun(PlannedRun):
         runs = {name: begun for name, begun in found.config.items() if name.startswith(_RUN)}
         own = _RUN + str(self.token)
         alone = self._folder is not None or not any(_is_recent(runs[name]) for name in runs if name != own)
-        found.configure(dict.fromkeys(runs if alone else [own]))
+        found.configure(dict.fromkeys([*runs, PLANNED] if alone else [own]))
         if alone:
             found.remove_old_versions()
 

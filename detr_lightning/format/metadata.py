@@ -21,6 +21,12 @@ _REQUIRED = ("image_ids", "num_images", "extract_type", "embedding_keys", "image
 """Without these fields a `metadata.json` cannot be read."""
 
 
+AGAIN = (
+    "Run the same command again to finish it. EmbeddingStore(folder, partial=True) reads what is there so far, and "
+    "detr-lightning summary prints how far it is."
+)
+
+
 class MetadataFile:
     """The `metadata.json` of a finished extraction.
 
@@ -33,7 +39,14 @@ class MetadataFile:
 
     Raises:
         InputError: It is not JSON, or another program's.
+
+    Attributes:
+        partial: Whether the extraction is unfinished, and this is what it has finished so far.
+        num_planned: How many images an unfinished extraction will have; None where that is not recorded.
     """
+
+    partial = False
+    num_planned: int | None = None
 
     def __init__(self, path: Path, data: bytes | None = None) -> None:
         self.path = path
@@ -249,7 +262,7 @@ def read_metadata(folder: Path, *, unfinished: bool = False) -> MetadataFile:
         raise FileNotFoundError(f"{folder} {problem}. Give the output folder of an extraction.")
     path = folder / METADATA
     if (folder / STATE / RUN).exists() and not unfinished:
-        raise FileNotFoundError(f"{folder} holds an unfinished extraction. Run the same command again to finish it.")
+        raise FileNotFoundError(f"{folder} holds an unfinished extraction. {AGAIN}")
     if path.is_file():
         return MetadataFile(path)
     if any(folder.glob("embedding_*.pt")):

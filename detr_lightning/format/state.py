@@ -36,6 +36,12 @@ class RunState:
     void: bool = False
 
     @property
+    def num_planned(self) -> int:
+        """How many images the folder will have when the run has finished; at most, in states of older versions."""
+        number = self.content.get("num_planned")
+        return number if type(number) is int else len(self.planned)
+
+    @property
     def settings(self) -> RunSettings:
         """The run's settings.
 
@@ -45,9 +51,9 @@ class RunState:
         return RunSettings.from_json(self.content)
 
 
-def run_to_json(token: str, planned: set[int], record: RunRecord | None) -> dict[str, Any]:
+def run_to_json(token: str, planned: set[int], record: RunRecord | None, num_planned: int = 0) -> dict[str, Any]:
     """Return the content of `run.json`; without a record the run removes what the planned ids name."""
-    header = {"void": True} if record is None else record.to_json()
+    header = {"void": True} if record is None else {**record.to_json(), "num_planned": num_planned}
     return {**header, "token": token, "planned": sorted(planned)}
 
 

@@ -18,6 +18,9 @@ from detr_lightning.format.keys import shape_of
 from detr_lightning.format.object_store import exists, explained, lance, pa, table_uri, write_fragments
 from detr_lightning.format.schema import RunRecord
 
+PLANNED = "detr_lightning.num_planned"
+"""The key of the dataset's config under which a run records how many images the table will have."""
+
 ROWS_AT_ONCE = 8
 """Rows that Lance is given at a time: it holds several such batches in memory."""
 
@@ -172,7 +175,8 @@ class TableReader:
             rows = self._table.dataset.scanner(columns=names, scan_in_order=True).to_table()
         ids = rows["image_id"].to_numpy()
         places = np.flatnonzero(rows["error"].is_null().to_numpy())  # A row's place, as `take` counts.
-        self._places = places[np.argsort(ids[places], kind="stable")]
+        # In an unfinished table two runs may have written an image: its first row counts.
+        self._places = places[np.unique(ids[places], return_index=True)[1]]
         self._rows = rows.drop_columns(["error"]).combine_chunks()
         self.image_ids = ids[self._places]
 

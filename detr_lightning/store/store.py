@@ -13,7 +13,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from detr_lightning.errors import InputError, SettingError, UnknownImageError, check_choice
+from detr_lightning.errors import InputError, SettingError, UnknownImageError, check_choice, count
 from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.keys import AXES, QUERY_INDEX, SPATIAL, Size
 from detr_lightning.format.metadata import MetadataFile, read_metadata
@@ -21,18 +21,21 @@ from detr_lightning.format.names import METADATA, TABLE, is_url
 from detr_lightning.format.schema import LANCE
 from detr_lightning.parallel import track
 from detr_lightning.store.dataset import POOLED_AXES, POOLS, EmbeddingDataset, pooled
+from detr_lightning.store.partial import read_partial
 from detr_lightning.store.rows import Rows, read_rows
 from detr_lightning.store.tensors import FileTensors, Tensors
 
 
 class EmbeddingStore(Mapping[int, dict[str, Tensor]]):
-    """The output folder of a finished extraction, as a mapping from image ids, ascending, to tensors by key.
+    """The output folder of an extraction, as a mapping from image ids, ascending, to tensors by key.
 
     Args:
         folder: The `output_dir` of the extraction: a folder, or the URL of a table such as `s3://bucket/embeddings`.
+        partial: Read an extraction that has not finished too: the images that are finished now. The store does not
+            see those that follow.
 
     Raises:
-        FileNotFoundError: There is no such folder, or its extraction has not finished.
+        FileNotFoundError: There is no such folder, or its extraction has not finished, and `partial` is false.
         ValueError: The folder's metadata.json is not one of this program's.
 
     Example:
@@ -42,17 +45,18 @@ class EmbeddingStore(Mapping[int, dict[str, Tensor]]):
         >>> ids, vectors = store.stack("query_embeddings", pool="mean")
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], partial: bool = False) -> None:
         self.folder: Path | None = None if is_url(folder) else Path(folder).expanduser().absolute()
         self.name = os.fspath(folder) if self.folder is None else str(self.folder)
         self.metadata_file: MetadataFile
         self._tensors: Tensors
         if self.folder is not None and not (self.folder / TABLE).is_dir():
-            self.metadata_file, self._tensors = read_metadata(self.folder), FileTensors(self.folder)
+            read = read_partial if partial else read_metadata
+            self.metadata_file, self._tensors = read(self.folder), FileTensors(self.folder)
         else:
             from detr_lightning.store.table import open_table  # which needs Lance
 
-            self.metadata_file, self._tensors = open_table(self.name)
+            self.metadata_file, self._tensors = open_table(self.name, partial)
 
     @classmethod
     def of(cls, name: str, metadata: MetadataFile, tensors: Tensors) -> EmbeddingStore:
@@ -71,6 +75,24 @@ class EmbeddingStore(Mapping[int, dict[str, Tensor]]):
     def is_table(self) -> bool:
         """Whether the store is a Lance table, rather than one file per image or memory."""
         return self.metadata.get("layout") == LANCE
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the extraction is unfinished."""
+        return self.metadata_file.partial
+
+    @property
+    def num_planned(self) -> int | None:
+        """How many images the store has when its extraction has finished; None where that is not recorded."""
+        return self.metadata_file.num_planned if self.is_partial else len(self)
+
+    @property
+    def progress(self) -> str:
+        """The number of images, and how far an unfinished extraction is: `8 images` or `3 of 8 images, unfinished`."""
+        if not self.is_partial:
+            return count(len(self), "image")
+        planned = "an unknown number of" if self.num_planned is None else str(self.num_planned)
+        return f"{len(self)} of {planned} images, unfinished"
 
     @property
     def bytes_on_disk(self) -> int:
@@ -130,7 +152,7 @@ class EmbeddingStore(Mapping[int, dict[str, Tensor]]):
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        return f"EmbeddingStore({self.name!r}: {len(self)} images, {', '.join(self.embedding_keys)})"
+        return f"EmbeddingStore({self.name!r}: {self.progress}, {', '.join(self.embedding_keys)})"
 
     def entry(self, image_id: SupportsIndex) -> ImageEntry:
         """Return the record of an image: `file_name`, `width`, `height`, `input_size`, `features`, ...

@@ -1,4 +1,4 @@
-"""A description of a finished extraction, to be printed."""
+"""A description of an extraction, finished or not, to be printed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def summary(folder: str | os.PathLike[str]) -> Group:
     """Return what a folder holds, to be printed by rich: its images, its keys with shapes and bytes, how it was made.
 
     Raises:
-        FileNotFoundError: There is no such folder, or its extraction has not finished.
+        FileNotFoundError: There is no such folder, or no extraction in it.
         ValueError: The folder's metadata.json is not one of this program's.
     """
-    store = EmbeddingStore(folder)
+    store = EmbeddingStore(folder, partial=True)
     metadata = store.metadata_file
     entries = list(map(store.entry, store))
     failed = metadata.failed()
@@ -36,7 +36,7 @@ def summary(folder: str | os.PathLike[str]) -> Group:
         model = stored = f"unknown ({error})"
     for name, value in {
         "folder": store.name,
-        "images": len(store),
+        "images": store.progress if store.is_partial else len(store),
         "failed": len(failed),
         "extract type": metadata.extract_type,
         "model": model,

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from detr_lightning.errors import InputError
 from detr_lightning.format import object_store
-from detr_lightning.format.entries import ImageEntry
-from detr_lightning.format.metadata import MetadataFile
+from detr_lightning.format.entries import ImageEntry, SkippedImage
+from detr_lightning.format.metadata import AGAIN, MetadataFile
 from detr_lightning.format.names import METADATA, is_url
-from detr_lightning.format.schema import LANCE
-from detr_lightning.format.table import Table, TableReader
+from detr_lightning.format.schema import LANCE, Metadata
+from detr_lightning.format.table import PLANNED, Table, TableReader
 
 _ROWS_AT_ONCE = 256
 
@@ -106,11 +106,15 @@ class TableMetadata(MetadataFile):
         yield from (entry.to_json() for entry, _ in Table(self._tensors.output_dir).entries())
 
 
-def open_table(output_dir: str) -> tuple[TableMetadata, TableTensors]:
-    """Return the metadata and the tensors of a finished table.
+def open_table(output_dir: str, partial: bool = False) -> tuple[TableMetadata, TableTensors]:
+    """Return the metadata and the tensors of a table.
+
+    Args:
+        output_dir: The folder or URL that holds it.
+        partial: Read the committed rows of a table whose extraction has not finished.
 
     Raises:
-        FileNotFoundError: There is no table, or its extraction has not finished.
+        FileNotFoundError: There is no table, or its extraction has not finished, and `partial` is false.
         InputError: Its `metadata.json` or its dataset is not one of this program's.
         OSError: The object store does not answer, or refuses.
     """
@@ -125,9 +129,9 @@ def open_table(output_dir: str) -> tuple[TableMetadata, TableTensors]:
     if data is None:
         if not object_store.exists(output_dir):
             raise FileNotFoundError(f"{output_dir} has no {METADATA} and no table. Give the output of an extraction.")
-        raise FileNotFoundError(
-            f"{output_dir} holds an unfinished extraction. Run the same command again to finish it."
-        )
+        if partial:
+            return _so_far(output_dir)
+        raise FileNotFoundError(f"{output_dir} holds an unfinished extraction. {AGAIN}")
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -138,3 +142,15 @@ def open_table(output_dir: str) -> tuple[TableMetadata, TableTensors]:
         )
     tensors = TableTensors(output_dir)
     return TableMetadata(content, tensors), tensors
+
+
+def _so_far(output_dir: str) -> tuple[TableMetadata, TableTensors]:
+    """Return the rows that an unfinished extraction has committed, as if it had ended with them."""
+    table, tensors = Table(output_dir), TableTensors(output_dir)
+    skipped = [entry for entry, _ in table.entries(skipped=True) if isinstance(entry, SkippedImage)]
+    content = Metadata(run=table.record, images=(), failed=skipped, layout=LANCE).to_json()
+    metadata = TableMetadata({**content, "num_images": len(tensors.reader.image_ids)}, tensors)
+    metadata.partial = True
+    if planned := table.config.get(PLANNED):
+        metadata.num_planned = int(planned)
+    return metadata, tensors

@@ -116,6 +116,14 @@ def test_what_was_committed_before_a_crash_is_not_computed_again(
     assert not (folder / "metadata.json").exists()
     with pytest.raises(FileNotFoundError, match="unfinished"):
         EmbeddingStore(folder)
+    partial = EmbeddingStore(folder, partial=True)
+    assert partial.image_ids == sorted(kept)
+    assert (partial.is_partial, partial.num_planned) == (True, 8)
+    assert f"{len(kept)} of 8 images, unfinished" in repr(partial)
+    assert f"{len(kept)} of 8 images, unfinished" in run_cli("summary", folder).out
+    for image_id in partial:
+        for key, tensor in partial[image_id].items():
+            assert torch.equal(tensor, files[image_id][key])
 
     computed: list[int] = []
     monkeypatch.setattr(
