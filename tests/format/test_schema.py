@@ -158,11 +158,15 @@ def demo(out: Path) -> list[str | Path]:
     ]
 
 
-def test_a_finished_folder_of_an_earlier_release(run_cli: RunCLI, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "checksums"), [("finished_0_1_0", False), ("finished_with_checksums", True)])
+def test_a_finished_folder_of_an_earlier_release(name: str, checksums: bool, run_cli: RunCLI, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    shutil.copytree(FIXTURES / "finished_0_1_0", out)
+    shutil.copytree(FIXTURES / name, out)
     store = EmbeddingStore(out)
     assert store.image_ids == [1, 2, 3]
+    assert ("checksum" in store.metadata) is checksums
+    assert all((store.entry(image_id).checksum is not None) is checksums for image_id in store)
+    assert store.image_path(1) == Path("assets/demo/images/000000000001.jpg")
     assert store.entry(1).features == FeatureSizes.single((6, 4))
     assert store.stack("query_embeddings")[1].shape == (3, 16, 128)
     assert verify(out) == []
