@@ -89,8 +89,14 @@ def refuse_changed_files(
     return added
 
 
-def refuse_missing(output_dir: Place, missing: Sequence[int], planned: int) -> None:
+def refuse_missing(output_dir: Place, missing: Sequence[int], planned: int, lack: str = "whole file") -> None:
     """Check that no planned image is missing.
+
+    Args:
+        output_dir: The output folder or URL.
+        missing: The ids of the planned images that are missing.
+        planned: The number of planned images.
+        lack: What they have none of.
 
     Raises:
         IncompleteError: One is; the message names a few.
@@ -98,6 +104,6 @@ def refuse_missing(output_dir: Place, missing: Sequence[int], planned: int) -> N
     if missing:
         some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise IncompleteError(
-            f"{len(missing)} of {planned} images are missing in {output_dir}: {some}. "
+            f"{len(missing)} of {planned} images have no {lack} in {output_dir}: {some}. "
             "What is finished is kept: run the same command again to go on."
         )

@@ -52,12 +52,29 @@ class PreviousRun:
         return {entry.file_name: entry for entry in entries}
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse an output folder that is a file, or a link to nothing.
+
+    Raises:
+        FileNotFoundError: It is a link to a folder that does not exist.
+        NotADirectoryError: It is a file.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise FileNotFoundError(
+            f"output_dir {folder} is a link to {os.readlink(folder)}, which does not exist. "
+            "Make that folder, remove the link, or choose another output_dir."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"output_dir {folder} is a file. Choose a folder, or remove the file.")
+
+
 def read_previous(folder: Path) -> PreviousRun:
     """Return the record of earlier runs in a folder, which need not exist.
 
     Raises:
         InputError: The metadata is another program's, or the state of an unfinished run is damaged.
     """
+    check_folder(folder)
     if (folder / TABLE).exists():
         raise InputError(
             f"output_dir {folder} holds one table, not a file per image. Choose another output_dir, or "

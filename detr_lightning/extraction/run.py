@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
@@ -30,7 +29,7 @@ from detr_lightning.extraction.journal import (
     why_unseen,
 )
 from detr_lightning.extraction.planned import PlannedRun
-from detr_lightning.extraction.previous import PreviousRun, read_previous, stamp
+from detr_lightning.extraction.previous import PreviousRun, check_folder, read_previous, stamp
 from detr_lightning.format.archive import WholeFiles
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.files import fsync_folder, replacing, save_tensors, write_json
@@ -80,13 +79,7 @@ class ExtractionRun(PlannedRun):
             ValueError: It holds another extraction, whose settings or images differ.
         """
         folder = self.folder
-        if folder.is_symlink() and not folder.exists():
-            raise FileNotFoundError(
-                f"output_dir {folder} is a link to {os.readlink(folder)}, which does not exist. "
-                "Make that folder, remove the link, or choose another output_dir."
-            )
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"output_dir {folder} is a file. Choose a folder, or remove the file.")
+        check_folder(folder)
         self.finished, self.complete = {}, False
         if self.if_exists == "error" and folder.exists() and any(folder.iterdir()):
             raise FileExistsError(

@@ -219,7 +219,7 @@ class TableRun(PlannedRun):
         elif world_size > 1:
             self._await_rows()
         entries = self._count()
-        refuse_missing(self.output_dir, sorted(self.images.keys() - entries.keys()), len(self.images))
+        refuse_missing(self.output_dir, sorted(self.images.keys() - entries.keys()), len(self.images), "row")
         self._tidy()
         metadata = Metadata(
             run=self.record,

@@ -127,7 +127,7 @@ def _folder_problems(store: EmbeddingStore) -> Iterator[str]:
     if store.folder is None:
         return
     expected = (METADATA, TABLE) if store.is_table else (METADATA,)
-    for name in sorted(entry.name for entry in os.scandir(store.folder)):
+    for name in sorted(os.listdir(store.folder)):
         image_id = image_id_of(name)
         if name.startswith(f"{STATE}.") or name == STATE:
             yield f"{name}: the state of a run that has finished. It can be deleted."

@@ -511,7 +511,6 @@ class TestHuggingFace:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"model_type": "conditional_detr"}, r"model_type is 'conditional_detr', and only 'detr' can be read"),
             ({"activation_function": "gelu"}, r"activation_function is 'gelu'"),
             ({"position_embedding_type": "rotary"}, r"position_embedding_type is 'rotary'"),
             ({"decoder_attention_heads": 8}, r"decoder_attention_heads is 8, and only 4"),

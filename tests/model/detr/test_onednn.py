@@ -54,7 +54,7 @@ def test_many_queries_do_not_pass_through_the_attention_of_torch(monkeypatch: py
 
 @DTYPES
 def test_packed_weights_follow_shape_precision_and_weights(dtype: torch.dtype) -> None:
-    conv = FoldedConv(nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False), FrozenBatchNorm2d(128))
+    conv = FoldedConv(nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False), FrozenBatchNorm2d(128), torch.float32)
     conv.requires_grad_(False)
 
     def check(*size: int) -> None:
@@ -72,7 +72,7 @@ def test_packed_weights_follow_shape_precision_and_weights(dtype: torch.dtype) -
 
 
 def test_a_convolution_that_has_run_can_be_copied() -> None:
-    conv = FoldedConv(nn.Conv2d(16, 16, 1, bias=False), FrozenBatchNorm2d(16)).requires_grad_(False)
+    conv = FoldedConv(nn.Conv2d(16, 16, 1, bias=False), FrozenBatchNorm2d(16), torch.float32).requires_grad_(False)
     x = random(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         assert torch.equal(copy.deepcopy(conv)(x), conv(x))
