@@ -265,8 +265,9 @@ def _fill(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) 
         more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise InputError(f"{name} does not fit a {architecture.name}: {'; '.join(wrong[:4])}{more}.")
     if broken := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        others = f" and {count(len(broken) - 1, 'other tensor')}" if len(broken) > 1 else ""
         raise InputError(
-            f"{name} has values that are not finite, in {broken[0]} and {count(len(broken) - 1, 'other tensor')}: "
+            f"{name} has values that are not finite, in {broken[0]}{others}: "
             "its training diverged, or the file is damaged. Take an earlier checkpoint."
         )
     model.load_state_dict(tensors, assign=True)
