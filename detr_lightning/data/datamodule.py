@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from detr_lightning.data.batching import BATCHINGS, plan_batches
 from detr_lightning.data.decode import BACKENDS, EXIF, Processor
+from detr_lightning.data.headers import HeaderReader, hash_files, measure
 from detr_lightning.data.loading import (
     PREFETCHED_BATCHES,
     SHARED_MEMORY,
@@ -25,18 +26,14 @@ from detr_lightning.data.loading import (
     unwrap,
 )
 from detr_lightning.data.records import Failure, ImageRecord
+from detr_lightning.data.selection import read_image_ids, select
 from detr_lightning.data.sources import (
     NONE_KNOWN,
     COCOImages,
     FolderImages,
-    HeaderReader,
     ImageSource,
     Known,
     ListedImages,
-    hash_files,
-    measure,
-    read_image_ids,
-    select,
     with_known_size,
 )
 from detr_lightning.errors import (

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import bisect
-import contextlib
-import difflib
 import hashlib
 import itertools
 import os
-import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from PIL import Image
 
 from detr_lightning.data.coco import COCOFile, read_coco_file
-from detr_lightning.data.decode import ImageFile, formats, open_image, read_content, rgb, turned_size
+from detr_lightning.data.decode import ImageFile, formats, rgb
 from detr_lightning.data.files import find_file, image_folder, list_images, open_file
-from detr_lightning.data.records import Failure, ImageRecord
+from detr_lightning.data.records import ImageRecord
 from detr_lightning.errors import InputError, SettingError, SettingTypeError, UnreadableImageError
 from detr_lightning.format.names import ID_DIGITS
-from detr_lightning.parallel import in_threads
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """The extensions that count as an image in a folder without annotations, in upper or lower case."""
@@ -38,9 +33,6 @@ OTHER_EXTENSIONS = frozenset(
     )
 )
 """Extensions of images that do not count."""
-
-READERS = 8
-"""Threads that read headers."""
 
 
 class Known(Protocol):
@@ -241,156 +233,6 @@ class ListedImages:
         return self.images[record.image_id - 1]
 
 
-@dataclass(frozen=True)
-class HeaderReader:
-    """Reads what headers state.
-
-    Args:
-        source: Where the images come from.
-        max_pixels: See `open_image`.
-        exif: `apply` states the sizes of the turned images.
-    """
-
-    source: ImageSource
-    max_pixels: int | None = None
-    exif: str = "ignore"
-
-    def __call__(self, record: ImageRecord) -> tuple[ImageRecord, str | None]:
-        """Return an image with its size and orientation, or as it was and the reason why they cannot be read."""
-        try:
-            file = self.source.open(record)
-            with contextlib.ExitStack() as stack:
-                if not isinstance(file, str | os.PathLike | Image.Image):
-                    stack.enter_context(file)
-                image = stack.enter_context(open_image(file, self.max_pixels))
-                width, height, orientation = turned_size(image, self.exif)
-                return replace(record, width=width, height=height, orientation=orientation), None
-        except UnreadableImageError as error:
-            return record, error.reason
-        except FileNotFoundError:
-            return record, "no such file"
-
-
-def measure(
-    reader: HeaderReader, records: Sequence[ImageRecord], everything: bool = False
-) -> tuple[list[ImageRecord], list[Failure]]:
-    """Read the headers of images whose size is not known, in parallel, with a progress bar where it takes long.
-
-    Args:
-        reader: Reads a header.
-        records: The images.
-        everything: Read the headers of all images, to know their orientation. A size that is known stays.
-
-    Returns:
-        The images in their order, with their sizes, and those whose header cannot be read, with the reason of each.
-    """
-    unknown = [record for record in records if everything or not record.width]
-    read = dict(
-        zip(
-            (record.image_id for record in unknown),
-            in_threads(reader, unknown, READERS, "Reading headers"),
-            strict=True,
-        )
-    )
-    measured, failures = [], []
-    for record in records:
-        found, reason = read.get(record.image_id, (record, None))
-        if reason is None:
-            measured.append(replace(record, orientation=found.orientation) if record.width else found)
-        else:
-            failures.append((found, reason))
-    return measured, failures
-
-
-def hash_files(source: ImageSource, records: Sequence[ImageRecord]) -> dict[int, str]:
-    """Return the sha256 of images' files by id, read in parallel; an image in memory has none.
-
-    Raises:
-        InputError: A file cannot be read; the message names it.
-    """
-
-    def sha256(record: ImageRecord) -> str | None:
-        try:
-            file = source.open(record)
-            if isinstance(file, Image.Image):
-                return None
-            with contextlib.nullcontext() if isinstance(file, str | os.PathLike) else file:
-                return hashlib.sha256(read_content(file)).hexdigest()
-        except (FileNotFoundError, UnreadableImageError) as error:
-            raise InputError(
-                f"{error}. data.fingerprint content compares the files of finished images too: put it back, or use "
-                "data.fingerprint=names."
-            ) from error
-
-    hashes = in_threads(sha256, records, READERS, "Hashing images")
-    return {record.image_id: found for record, found in zip(records, hashes, strict=True) if found is not None}
-
-
-def select(
-    records: Sequence[ImageRecord],
-    image_ids: Iterable[int | str] | None = None,
-    limit: int | None = None,
-    shuffle_seed: int | None = None,
-) -> list[ImageRecord]:
-    """Return a subset, by id.
-
-    Args:
-        records: All images.
-        image_ids: The ids or file names of the images to choose.
-        limit: How many of these to choose, the first by id.
-        shuffle_seed: Choose them at random instead, always the same with the same seed.
-
-    Raises:
-        SettingError: An id or name that no image has, none at all, or a limit below 1.
-    """
-    chosen = sorted(records, key=lambda record: record.image_id)
-    if image_ids is not None:
-        wanted = set(image_ids)
-        if not wanted:
-            raise SettingError("data.image_ids is empty. Name at least one id, or leave it null for all images.")
-        ids, names = [record.image_id for record in chosen], {record.file_name for record in chosen}
-        unknown_names = sorted(name for name in wanted - names if isinstance(name, str))
-        if unknown_names:
-            near = difflib.get_close_matches(unknown_names[0], names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise SettingError(f"data.image_ids names {unknown_names[0]!r}, which is no image's file name.{hint}")
-        unknown = sorted(number for number in wanted.difference(ids) if isinstance(number, int))
-        if unknown:
-            raise SettingError(_unknown_ids(unknown, ids))
-        chosen = [record for record in chosen if record.image_id in wanted or record.file_name in wanted]
-    if limit is None:
-        if shuffle_seed is not None:
-            raise SettingError("data.shuffle_seed chooses data.limit images at random: set data.limit too.")
-        return chosen
-    if limit < 1:
-        raise SettingError(f"data.limit is {limit}; it must be at least 1, or null for all images.")
-    if shuffle_seed is not None:
-        chosen = random.Random(shuffle_seed).sample(chosen, min(limit, len(chosen)))
-        chosen.sort(key=lambda record: record.image_id)
-    return chosen[:limit]
-
-
-def read_image_ids(source: str | os.PathLike[str]) -> list[int | str]:
-    """Read ids or file names, one per line.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        InputError: It is no text.
-    """
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"data.image_ids names {path}, which is no file. Give a list, or a file of one id a line."
-        )
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"data.image_ids: {path} is no text ({error}). It needs one id or file name per line."
-        ) from error
-    return [int(line) if line.isascii() and line.isdigit() else line for line in lines if line]
-
-
 def _sized(image_id: int, file_name: str, known: Mapping[str, Known]) -> ImageRecord:
     return with_known_size(ImageRecord(image_id, file_name, 0, 0), known)
 
@@ -426,10 +268,3 @@ def _folder_ids(names: list[str], known: Mapping[str, int]) -> dict[str, int]:
 def _integer(name: str) -> int | None:
     stem = name.rpartition("/")[2].rpartition(".")[0]
     return int(stem) if stem.isascii() and stem.isdigit() and len(stem.lstrip("0")) <= ID_DIGITS else None
-
-
-def _unknown_ids(unknown: list[int], known: list[int]) -> str:
-    some = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
-    place = bisect.bisect(known, unknown[0])
-    nearest = " and ".join(map(str, known[max(place - 1, 0) : place + 1]))
-    return f"data.image_ids names {len(unknown)} ids that no image has: {some}. Nearest to {unknown[0]}: {nearest}."

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from detr_lightning.data.files import open_file
+from detr_lightning.data.headers import HeaderReader, measure
 from detr_lightning.data.records import Failure, ImageRecord
-from detr_lightning.data.sources import COCOImages, FolderImages, HeaderReader, measure, read_image_ids, select
+from detr_lightning.data.selection import read_image_ids, select
+from detr_lightning.data.sources import COCOImages, FolderImages
 from detr_lightning.errors import InputError, UnreadableImageError
 
 

@@ -1,0 +1,85 @@
+"""A subset of the images: by ids or file names, the first of them, or a random sample."""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import os
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from detr_lightning.data.records import ImageRecord
+from detr_lightning.errors import InputError, SettingError
+
+
+def select(
+    records: Sequence[ImageRecord],
+    image_ids: Iterable[int | str] | None = None,
+    limit: int | None = None,
+    shuffle_seed: int | None = None,
+) -> list[ImageRecord]:
+    """Return a subset, by id.
+
+    Args:
+        records: All images.
+        image_ids: The ids or file names of the images to choose.
+        limit: How many of these to choose, the first by id.
+        shuffle_seed: Choose them at random instead, always the same with the same seed.
+
+    Raises:
+        SettingError: An id or name that no image has, none at all, or a limit below 1.
+    """
+    chosen = sorted(records, key=lambda record: record.image_id)
+    if image_ids is not None:
+        wanted = set(image_ids)
+        if not wanted:
+            raise SettingError("data.image_ids is empty. Name at least one id, or leave it null for all images.")
+        ids, names = [record.image_id for record in chosen], {record.file_name for record in chosen}
+        unknown_names = sorted(name for name in wanted - names if isinstance(name, str))
+        if unknown_names:
+            near = difflib.get_close_matches(unknown_names[0], names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise SettingError(f"data.image_ids names {unknown_names[0]!r}, which is no image's file name.{hint}")
+        unknown = sorted(number for number in wanted.difference(ids) if isinstance(number, int))
+        if unknown:
+            raise SettingError(_unknown_ids(unknown, ids))
+        chosen = [record for record in chosen if record.image_id in wanted or record.file_name in wanted]
+    if limit is None:
+        if shuffle_seed is not None:
+            raise SettingError("data.shuffle_seed chooses data.limit images at random: set data.limit too.")
+        return chosen
+    if limit < 1:
+        raise SettingError(f"data.limit is {limit}; it must be at least 1, or null for all images.")
+    if shuffle_seed is not None:
+        chosen = random.Random(shuffle_seed).sample(chosen, min(limit, len(chosen)))
+        chosen.sort(key=lambda record: record.image_id)
+    return chosen[:limit]
+
+
+def read_image_ids(source: str | os.PathLike[str]) -> list[int | str]:
+    """Read ids or file names, one per line.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: It is no text.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.image_ids names {path}, which is no file. Give a list, or a file of one id a line."
+        )
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"data.image_ids: {path} is no text ({error}). It needs one id or file name per line."
+        ) from error
+    return [int(line) if line.isascii() and line.isdigit() else line for line in lines if line]
+
+
+def _unknown_ids(unknown: list[int], known: list[int]) -> str:
+    some = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+    place = bisect.bisect(known, unknown[0])
+    nearest = " and ".join(map(str, known[max(place - 1, 0) : place + 1]))
+    return f"data.image_ids names {len(unknown)} ids that no image has: {some}. Nearest to {unknown[0]}: {nearest}."
