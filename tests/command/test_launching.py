@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,7 @@ def test_a_worker_that_finds_no_shared_memory_ends_the_run(
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    monkeypatch.delitem(sys.modules, "lance", raising=False)  # With it workers are spawned, and know of no patch.
     argv = ("--data.num_workers", "1", "--output_dir", tmp_path / "out")
     ran = run_cli("predict", *coco_folder.data, *argv)
     assert ran.code == 1
