@@ -13,7 +13,7 @@ from PIL import Image
 from ran import RunCLI
 
 from detr_lightning import COCODataModule, DETRExtractor, EmbeddingWriter, extract
-from detr_lightning.data import sources
+from detr_lightning.data import headers
 from detr_lightning.data.sources import FolderImages, ListedImages
 from detr_lightning.errors import DETRLightningWarning, SettingError
 from detr_lightning.format.preprocessing import Preprocessing
@@ -46,13 +46,13 @@ def test_a_header_is_read_once_and_never_again(
     run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    read = sources.HeaderReader.__call__
+    read = headers.HeaderReader.__call__
 
     def spy(self: Any, record: Any) -> Any:
         opened.append(record.file_name)
         return read(self, record)
 
-    monkeypatch.setattr(sources.HeaderReader, "__call__", spy)
+    monkeypatch.setattr(headers.HeaderReader, "__call__", spy)
     images = tmp_path / "images"
     images.mkdir()
     for number in range(3):
