@@ -89,13 +89,14 @@ DDPStrategy.__init__ = impatient
 def test_rank_1_ends_early(job: Job, fault: str) -> None:
     patch = f"""
 import os
+from detr_lightning.errors import InputError
 from detr_lightning.extractor import DETRExtractor
 step = DETRExtractor.predict_step
 def dying(self, batch, batch_idx=0, dataloader_idx=0):
     if batch_idx == 18:
         if {fault!r} == "SIGKILL":
             os.kill(os.getpid(), 9)
-        raise StopIteration if {fault!r} == "StopIteration" else ValueError("rank 1 has had enough")
+        raise StopIteration if {fault!r} == "StopIteration" else InputError("rank 1 has had enough")
     return step(self, batch)
 DETRExtractor.predict_step = dying
 """
