@@ -93,7 +93,7 @@ def test_a_disk_that_is_full_when_the_metadata_comes(job: Job, small_disk: Calla
     ballast = job.folder.parent / "ballast"
     fill = f"""
 import contextlib
-from detr_lightning.store import run
+from detr_lightning.extraction import run
 def fill(folder):
     with contextlib.suppress(OSError), open({str(ballast)!r}, "wb", buffering=0) as file:
         while True:
