@@ -85,9 +85,9 @@ def test_files_are_written_by_such_threads(
 def test_images_of_a_batch_are_read_side_by_side() -> None:
     both = threading.Barrier(2, timeout=20)
 
-    def read(record: ImageRecord, size: tuple[int, int]) -> torch.Tensor:
+    def read(record: ImageRecord, size: tuple[int, int]) -> tuple[torch.Tensor, dict[str, Any]]:
         both.wait()
-        return torch.full((3, *size), record.image_id, dtype=torch.uint8)
+        return torch.full((3, *size), record.image_id, dtype=torch.uint8), {}
 
     records = [ImageRecord(number, f"{number}.jpg", 6, 4) for number in (1, 2)]
     (batch,) = ImageBatches([records], read, lambda size: size, padded=False)

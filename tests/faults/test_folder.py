@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -240,33 +241,40 @@ def test_a_lock_that_cannot_be_asked_is_an_error_and_no_endless_wait(
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_gives_the_lock_up_whatever_other_threads_do(tmp_path: Path) -> None:
-    log = journal.Journal(tmp_path / "rank-0.jsonl")
-    stop = threading.Event()
-
-    def write() -> None:
-        while not stop.is_set():
-            log.add({"id": 1})
-
-    writers = [threading.Thread(target=write) for _ in range(2)]
-    for writer in writers:
-        writer.start()
-    children = []
-    for _ in range(50):
-        child = os.fork()
-        if child == 0:
-            time.sleep(0.5)
-            os._exit(0)
-        children.append(child)
-    stop.set()
-    for writer in writers:
-        writer.join()
-    log.close(done=False)
-    assert not is_locked(tmp_path / "rank-0.jsonl")
-    end = time.monotonic() + 20
-    while children and time.monotonic() < end:
-        children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
-        time.sleep(0.05)
-    assert children == []
+    # In a process of its own: what other tests have imported has threads and fork hooks, too.
+    code = f"""
+import os, threading, time
+from pathlib import Path
+from detr_lightning.extraction.journal import Journal, is_locked
+path = Path({str(tmp_path / "rank-0.jsonl")!r})
+log = Journal(path)
+stop = threading.Event()
+def write():
+    while not stop.is_set():
+        log.add({{"id": 1}})
+writers = [threading.Thread(target=write) for _ in range(2)]
+for writer in writers:
+    writer.start()
+children = []
+for _ in range(50):
+    child = os.fork()
+    if child == 0:
+        time.sleep(0.5)
+        os._exit(0)
+    children.append(child)
+stop.set()
+for writer in writers:
+    writer.join()
+log.close(done=False)
+assert not is_locked(path)
+end = time.monotonic() + 20
+while children and time.monotonic() < end:
+    children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
+    time.sleep(0.05)
+assert children == []
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_line_that_does_not_fit_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
