@@ -189,6 +189,7 @@ def test_half_precision_is_close(
         assert not torch.equal(a, b)
 
 
+@pytest.mark.endurance
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")  # torch's advice
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
