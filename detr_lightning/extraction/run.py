@@ -106,7 +106,6 @@ class ExtractionRun(PlannedRun):
         self.complete = (
             (folder / METADATA).exists()
             and not (folder / STATE / RUN).exists()
-            and not any(folder.glob(f"{STATE}.*"))
             and not self.pending
             and not hashed
             and self.failures.keys() <= previous.failed.keys()

@@ -112,7 +112,7 @@ def test_killed_before_each_operation_on_the_disk(
             contents(folder, killed=True)
         extract(folder, ids, if_exists)
         assert EmbeddingStore(folder).image_ids == expected, number
-        loaded = contents(folder)
+        loaded = contents(folder, killed=True)
         assert all((tensors["query_embeddings"] == int(name[10:22])).all() for name, tensors in loaded.items())
         shutil.rmtree(folder)
     assert number > 10
