@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 
-from detr_lightning.data.datamodule import turned_message
+from detr_lightning.data.images import turned_message
 from detr_lightning.errors import SHOWN, count
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.format.keys import dtype_of, nbytes, shape_of

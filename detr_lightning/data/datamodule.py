@@ -4,57 +4,41 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol
 
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from detr_lightning.data.batching import BATCHINGS, plan_batches
 from detr_lightning.data.decode import BACKENDS, EXIF, Processor
-from detr_lightning.data.headers import HeaderReader, hash_files, measure
+from detr_lightning.data.headers import hash_files
+from detr_lightning.data.images import Choice, Images, unreadable_image
 from detr_lightning.data.loading import (
-    PREFETCHED_BATCHES,
-    SHARED_MEMORY,
     ImageBatches,
     ImageReader,
-    free_shared_memory,
+    data_workers,
     leave_signals_to_parent,
     unwrap,
 )
 from detr_lightning.data.records import Failure, ImageRecord
-from detr_lightning.data.selection import read_image_ids, select
 from detr_lightning.data.sources import (
     NONE_KNOWN,
     COCOImages,
     FolderImages,
     ImageSource,
     Known,
-    ListedImages,
-    with_known_size,
 )
 from detr_lightning.errors import (
-    DETRLightningWarning,
     InputError,
     SettingError,
-    UnreadableImageError,
     check_choice,
     count,
 )
 from detr_lightning.format.preprocessing import Preprocessing
 from detr_lightning.ranks import from_rank_0
-from detr_lightning.system import available_cores
-
-
-def turned_message(turned: int, total: int) -> str:
-    """Return how many images a viewer shows otherwise than they are read here."""
-    return (
-        f"{turned} of {count(total, 'image')} have an EXIF tag by which viewers turn them. They are read as stored, as "
-        "the official code does, so boxes drawn in a viewer do not fit. data.exif=apply turns them."
-    )
 
 
 def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> None:
@@ -73,8 +57,6 @@ def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> N
 
 FINGERPRINTS = ("names", "content")
 """What `data.fingerprint` may be."""
-
-Images: TypeAlias = tuple[list[ImageRecord], list[Failure], dict[int, str]]
 
 
 class ModelInput(Protocol):
@@ -164,7 +146,7 @@ class COCODataModule(LightningDataModule):
         if annotation_file is not None:
             self.source = COCOImages(image_dir, annotation_file)
         self.batch_size = batch_size
-        self.on_error = on_error
+        self._choice = Choice(image_ids, limit, shuffle_seed, exif, max_image_pixels, on_error)
         self.records: list[ImageRecord] = []
         self.categories: dict[int, str] = {}
         self.failures: list[Failure] = []
@@ -291,7 +273,7 @@ class COCODataModule(LightningDataModule):
             if isinstance(self.source, COCOImages):
                 self.source.read_annotations()
         if not self._ready:
-            self._find(every_header=validate)
+            self.images = self._choice.find(self.source, self.resize, self.known, every_header=validate)
         if validate and not self.records:
             record, reason = self.failures[0]
             raise InputError(
@@ -303,58 +285,12 @@ class COCODataModule(LightningDataModule):
     @property
     def images(self) -> Images:
         """All that `setup` found: the images, those that cannot be read, and the categories."""
-        return self.records, self.failures, self.categories
+        return Images(self.records, self.failures, self.categories)
 
     @images.setter
     def images(self, found: Images) -> None:
         self.records, self.failures, self.categories = found
         self._ready = True
-
-    def _find(self, every_header: bool) -> None:
-        ids, limit, seed = (self.hparams[name] for name in ("image_ids", "limit", "shuffle_seed"))
-        records = self.source.find(self.known)
-        if isinstance(self.source, COCOImages):
-            self.source.check_folder(records)
-        chosen = select(records, read_image_ids(ids) if isinstance(ids, str) else ids, limit, seed)
-        exif = self.hparams["exif"]
-        if exif == "apply":  # Annotations may state the size before or after turning.
-            chosen = [with_known_size(record, self.known) for record in chosen]
-        reader = HeaderReader(self.source, self.hparams["max_image_pixels"], exif)
-        measured, failures = measure(reader, chosen, every_header)
-        self.records, self.failures = [], list(failures)
-        for record in measured:
-            reason = self._too_thin(record)
-            if reason is None:
-                self.records.append(record)
-            else:
-                self.failures.append((record, reason))
-        self.failures.sort(key=lambda failure: failure[0].image_id)
-        self.categories = self.source.categories
-        if self.failures and self.on_error == "raise":
-            record, reason = self.failures[0]
-            raise self._unreadable(record.file_name, reason)
-        self._ready = True
-        self._warn()
-
-    def _too_thin(self, record: ImageRecord) -> str | None:
-        try:
-            self.resize(record.size)
-        except SettingError as error:
-            return str(error)
-        return None
-
-    def _warn(self) -> None:
-        """Warn of images that a user may expect to be there, or to be turned."""
-        if isinstance(self.source, FolderImages) and self.source.images_left_out:
-            warnings.warn(
-                f"{self.image_dir} has images whose extension is not read: {self.source.images_left_out}. "
-                "They are left out; convert them, or rename what is a JPEG.",
-                DETRLightningWarning,
-                stacklevel=2,
-            )
-        turned = sum(record.orientation > 1 for record in self.records)
-        if turned and self.hparams["exif"] == "ignore":
-            warnings.warn(turned_message(turned, len(self.records)), DETRLightningWarning, stacklevel=2)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return this rank's batches of the images that no callback, such as `EmbeddingWriter`, has already."""
@@ -387,19 +323,11 @@ class COCODataModule(LightningDataModule):
         Raises:
             UnreadableImageError: An image of the batch could not be read, and `on_error` is `raise`.
         """
-        if batch["failed"] and self.on_error == "raise":
+        if batch["failed"] and self.hparams["on_error"] == "raise":
             image_id, reason = batch["failed"][0]
             names = {record.image_id: record.file_name for record in self.records}
-            raise self._unreadable(names[image_id], reason)
+            raise unreadable_image(self.source, names[image_id], reason)
         return batch
-
-    def _unreadable(self, file_name: str, reason: str) -> UnreadableImageError:
-        place, skip = f" in {self.image_dir}", "data.on_error=skip"
-        if isinstance(self.source, ListedImages):
-            place, skip = "", "on_error='skip'"
-        return UnreadableImageError(
-            f"{file_name!r}{place}: {reason}. Repair or remove it, or leave it out: {skip}.", reason
-        )
 
     def _batch_size(self, trainer: Trainer | None) -> int:
         return self.batch_size or (4 if trainer is None or trainer.strategy.root_device.type == "cpu" else 8)
@@ -410,25 +338,10 @@ class COCODataModule(LightningDataModule):
         Raises:
             SettingError: `num_workers` asks for more than the shared memory has room for.
         """
-        asked: int | None = self.hparams["num_workers"]
-        if asked is None and (trainer is None or trainer.strategy.root_device.type == "cpu"):
-            return 0
-        ranks = trainer.num_devices if trainer else 1
-        most = max(1, min(8, available_cores() // ranks - 1)) if asked is None else asked
-        free = free_shared_memory()
-        if not most or free is None:
-            return most
+        ranks, device = (trainer.num_devices, trainer.strategy.root_device.type) if trainer else (1, "cpu")
         pixels = max((height * width for height, width in (self.resize(r.size) for r in self.records)), default=0)
-        batch = 3 * pixels * min(self._batch_size(trainer), max(1, len(self.records)))
-        each = PREFETCHED_BATCHES * batch * ranks
-        room = free // max(1, each)
-        if asked is not None and asked > room:
-            raise SettingError(
-                f"data.num_workers is {asked}: they need up to {asked * each / 1e6:.0f} MB of shared memory, and "
-                f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free. Use at most {room}, a smaller data.batch_size, or give "
-                "the container more: docker run --shm-size=2g."
-            )
-        return min(most, room)
+        batch = min(self._batch_size(trainer), max(1, len(self.records)))
+        return data_workers(self.hparams["num_workers"], device, ranks, 3 * pixels * batch)
 
     def _loader(self, finished: Collection[int]) -> DataLoader[Any]:
         trainer = self.trainer

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from detr_lightning.data.decode import open_image, read_content, turned_size
+from detr_lightning.data.decode import turned_size
+from detr_lightning.data.formats import open_image, read_content
 from detr_lightning.data.records import Failure, ImageRecord
 from detr_lightning.data.sources import ImageSource
 from detr_lightning.errors import InputError, UnreadableImageError

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from detr_lightning.data.batching import collate
-from detr_lightning.data.decode import ImageFile, Processor, read_content, read_image
+from detr_lightning.data.decode import Processor, read_image
+from detr_lightning.data.formats import ImageFile, read_content
 from detr_lightning.data.records import ImageRecord, Size
 from detr_lightning.data.sources import ImageSource
-from detr_lightning.errors import UnreadableImageError
-from detr_lightning.system import SideThreads
+from detr_lightning.errors import SettingError, UnreadableImageError
+from detr_lightning.system import SideThreads, available_cores
 
 Batch = list[ImageRecord]
 Details = dict[str, Any]
@@ -82,6 +83,35 @@ def free_shared_memory() -> int | None:
         return shutil.disk_usage(SHARED_MEMORY).free
     except OSError:
         return None
+
+
+def data_workers(asked: int | None, device: str, ranks: int, batch_bytes: int) -> int:
+    """Return the number of data workers of each rank.
+
+    Args:
+        asked: The number that the user set, if any.
+        device: The kind of device that the model runs on, such as `cpu`.
+        ranks: The ranks on this machine.
+        batch_bytes: The pixels of the largest batch.
+
+    Raises:
+        SettingError: More were asked for than the shared memory has room for.
+    """
+    if asked is None and device == "cpu":
+        return 0
+    most = max(1, min(8, available_cores() // ranks - 1)) if asked is None else asked
+    free = free_shared_memory()
+    if not most or free is None:
+        return most
+    each = PREFETCHED_BATCHES * batch_bytes * ranks
+    room = free // max(1, each)
+    if asked is not None and asked > room:
+        raise SettingError(
+            f"data.num_workers is {asked}: they need up to {asked * each / 1e6:.0f} MB of shared memory, and "
+            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free. Use at most {room}, a smaller data.batch_size, or give "
+            "the container more: docker run --shm-size=2g."
+        )
+    return min(most, room)
 
 
 SECONDS_TO_ANSWER = 5

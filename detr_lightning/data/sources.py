@@ -14,8 +14,9 @@ from typing import Any, Protocol, TypeAlias
 from PIL import Image
 
 from detr_lightning.data.coco import COCOFile, read_coco_file
-from detr_lightning.data.decode import ImageFile, formats, rgb
+from detr_lightning.data.decode import rgb
 from detr_lightning.data.files import find_file, image_folder, list_images, open_file
+from detr_lightning.data.formats import ImageFile, formats
 from detr_lightning.data.records import ImageRecord
 from detr_lightning.errors import InputError, SettingError, SettingTypeError, UnreadableImageError
 from detr_lightning.format.names import ID_DIGITS
@@ -24,7 +25,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """The extensions that count as an image in a folder without annotations, in upper or lower case."""
 
 EXTENSIONS_IF_READABLE = {"AVIF": (".avif",), "HEIF": (".heic", ".heif")}
-"""Those that count where the format is read here; see `decode.formats`."""
+"""Those that count where the format is read here; see `formats`."""
 
 OTHER_EXTENSIONS = frozenset(
     (

@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from ran import RunCLI
 
-from detr_lightning.data import datamodule
+from detr_lightning.data import loading
 from detr_lightning.launch import forget_stale_launchers, launched_ranks
 from detr_lightning.system import available_cores
 
@@ -200,7 +200,7 @@ def test_lost_processes_end_in_one_message(
 def test_too_little_shared_memory_is_noticed_before_the_start(
     run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datamodule, "free_shared_memory", lambda: 100_000)
+    monkeypatch.setattr(loading, "free_shared_memory", lambda: 100_000)
     argv = ("--data.batch_size", "8", "--output_dir", tmp_path / "out")
     ran = run_cli("predict", *coco_folder.data, *argv, "--data.num_workers", "8")
     assert ran.code == 1

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 from torchvision.transforms import functional as tv
 
-from detr_lightning.data import decode
+from detr_lightning.data import formats
 from detr_lightning.data.decode import BACKENDS, read_image, read_pixels, rgb
 from detr_lightning.data.records import ImageRecord
 from detr_lightning.data.sources import COCOImages
@@ -276,7 +276,7 @@ class TestReadPixels:
         heif.from_pillow(photo()).save(tmp_path / "a.heic", quality=95)
         difference = array_of(read(tmp_path / "a.heic", (48, 64), backend)).astype(int) - np.asarray(photo())
         assert np.abs(difference).mean() < 10
-        monkeypatch.setattr(decode, "formats", lambda: decode.FORMATS)
+        monkeypatch.setattr(formats, "formats", lambda: formats.FORMATS)
         with pytest.raises(UnreadableImageError, match=r"HEIC, which is not read here.*detr-lightning\[heif\]"):
             read_pixels(tmp_path / "a.heic", ImageRecord(1, "a.heic", 64, 48), (30, 40), backend)
 

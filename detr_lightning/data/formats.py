@@ -1,0 +1,142 @@
+"""The formats of image files: opening one, and saying in plain words why it cannot be read."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+from PIL import Image, UnidentifiedImageError, features
+
+from detr_lightning.errors import UnreadableImageError
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
+"""What is decoded, whatever a file's extension says. Pillow knows more, but hands EPS to an external program."""
+
+ImageFile: TypeAlias = "str | os.PathLike[str] | BinaryIO | Image.Image"
+"""A path, an open file, or an image that is in memory already."""
+
+_QUIET = ((UserWarning, r"PIL\."), (DeprecationWarning, r"torchvision\.io\."))
+
+_SIGNS = (
+    (
+        re.compile(rb"....ftyp(heic|heix|hevc|hevx|heim|heis|mif1|msf1)", re.DOTALL),
+        "HEIC",
+        "Install what reads it: pip install 'detr-lightning[heif]'",
+    ),
+    (re.compile(rb"....ftyp(avif|avis)", re.DOTALL), "AVIF", "Install Pillow 11.3 or later, or save it as PNG"),
+    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ", re.DOTALL), "JPEG XL", "Save it as PNG"),
+    (re.compile(rb"%PDF"), "PDF", "Save its pages as PNG"),
+    (re.compile(rb"\s*<(\?xml|svg)"), "SVG or XML", "Save it as PNG"),
+)
+"""How files begin that are images, or look like them, and are none of `FORMATS`; and what to do."""
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Return `FORMATS`, AVIF where Pillow reads it, and HEIF where pillow-heif is installed."""
+    readable: tuple[str, ...] = FORMATS
+    if features.check("avif"):
+        readable += ("AVIF",)
+    try:
+        import pillow_heif
+    except ImportError:
+        return readable
+    pillow_heif.register_heif_opener()
+    return (*readable, "HEIF")
+
+
+@contextlib.contextmanager
+def open_image(source: ImageFile, max_pixels: int | None = None) -> Iterator[Image.Image]:
+    """Open an image file; whatever goes wrong until it is closed again, decoding included, becomes one kind of error.
+
+    Args:
+        source: The file; an image in memory is passed through.
+        max_pixels: Pixels above which an image is refused as a decompression bomb. Sets Pillow's own limit, for the
+            whole process; None leaves it as it is.
+
+    Raises:
+        UnreadableImageError: An empty, broken or too large file, or none of `formats()`.
+    """
+    if max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    _silence()
+    try:
+        if isinstance(source, Image.Image):
+            opened: contextlib.AbstractContextManager[Image.Image] = contextlib.nullcontext(source)
+        else:
+            opened = Image.open(source, formats=formats())
+        with opened as image:
+            limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice its limit
+            if opened is image and limit is not None and image.width * image.height > limit:
+                raise Image.DecompressionBombError
+            yield image
+    except MemoryError:
+        raise
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{_name(source)}: {error.reason}", error.reason) from error
+    except Exception as error:
+        reason = _reason(error, source)
+        raise UnreadableImageError(f"{_name(source)}: {reason}", reason) from error
+
+
+def _name(source: ImageFile) -> str:
+    return "image in memory" if isinstance(source, Image.Image) else str(getattr(source, "name", source))
+
+
+def _reason(error: Exception, source: ImageFile) -> str:
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"more than {Image.MAX_IMAGE_PIXELS} pixels: refused as a decompression bomb (data.max_image_pixels)"
+    begin = _begin(source)
+    if begin == b"":
+        return "empty file (0 bytes)"
+    if isinstance(error, UnidentifiedImageError):
+        for sign, kind, advice in _SIGNS:
+            if sign.match(begin or b""):
+                return f"{kind}, which is not read here. {advice}"
+        return "not an image, or its header is broken"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    return f"cannot be decoded ({type(error).__name__}: {error})"
+
+
+def _begin(source: ImageFile) -> bytes | None:
+    """Return the first bytes of a file, or None where it has none to read."""
+    try:
+        if isinstance(source, str | os.PathLike):
+            with open(source, "rb") as file:
+                return file.read(32)
+        if not isinstance(source, Image.Image):
+            source.seek(0)
+            return source.read(32)
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _silence() -> None:
+    """Keep Pillow's remarks on odd metadata quiet, and torchvision's on the future of its decoders.
+
+    `warnings.catch_warnings` is not safe in threads, and makes warnings that others show once appear again and again.
+    """
+    for category, module in _QUIET:
+        if ("ignore", None, category, re.compile(module), 0) not in warnings.filters:
+            warnings.filterwarnings("ignore", category=category, module=module)
+
+
+def read_content(source: str | os.PathLike[str] | BinaryIO) -> bytes:
+    """Return the bytes of an image file, which need not be an image.
+
+    Raises:
+        UnreadableImageError: They cannot be read.
+    """
+    try:
+        return Path(source).read_bytes() if isinstance(source, str | os.PathLike) else source.read()
+    except OSError as error:
+        reason = _reason(error, source)
+        raise UnreadableImageError(f"{_name(source)}: {reason}", reason) from error
