@@ -11,7 +11,6 @@ from torch import Tensor
 
 import detr_lightning
 from detr_lightning.batch import check_finite, sizes_to_batch
-from detr_lightning.data.coco import compare_names
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.detections import METRICS, best_detections, coco_results, evaluate, to_coco_ids
 from detr_lightning.errors import DETRLightningWarning, IncompleteError, InputError, SettingError, count
@@ -19,6 +18,7 @@ from detr_lightning.format.keys import PREDICTIONS, FeatureSizes, resolve_keys
 from detr_lightning.model.checkpoints import load
 from detr_lightning.model.detr import DETR, fold
 from detr_lightning.model.family import FamilyDetector
+from detr_lightning.model.labels import compare_names
 from detr_lightning.system import allow_tf32, keep_freed_memory
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from detr_lightning.analysis.overlap import Annotated, assign
-from detr_lightning.data.coco import COCOFile, compare_names, read_coco_file
+from detr_lightning.data.coco import COCOFile, read_coco_file
 from detr_lightning.errors import DETRLightningWarning, InputError
+from detr_lightning.model.labels import compare_names
 from detr_lightning.store.store import EmbeddingStore
 
 COMPARED = ["outcome", "annotation_id", "annotated_category_id", "annotated_category", "iou"]

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.filesize import decimal
-from torch.distributed import DistError
 
 from detr_lightning import shipped
 from detr_lightning.command import reports
+from detr_lightning.command.endings import exit_code, plain_warnings, this_rank
 from detr_lightning.command.parser import CommandError, CommandParser
 from detr_lightning.command.settings import LINKS
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.data.files import image_folder
-from detr_lightning.errors import DETRLightningError, DETRLightningWarning, count
+from detr_lightning.errors import count
 from detr_lightning.extraction.run import free_bytes
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
@@ -37,22 +33,6 @@ from detr_lightning.launch import launched_by_rank_0
 from detr_lightning.progress import ImageProgress
 from detr_lightning.ranks import waits_for_launch
 from detr_lightning.system import quiet_lightning, restore_settings, sigterm_as_interrupt
-
-FAILURES = {
-    "out of memory": "The memory of the device is full ({}). Set data.batch_size lower.",
-    "can't allocate memory": "The memory is full ({}). Set data.batch_size or data.num_workers lower.",
-    "ended before": "{}",
-    **dict.fromkeys(("gloo", "NCCL", "Connection closed by peer"), "Another rank ended: see its message ({})."),
-    "unable to allocate shared memory": "Data workers have too little shared memory ({}). Set data.num_workers or "
-    "data.batch_size lower, or give the container more: docker run --shm-size=2g.",
-    "unable to open shared memory object": "Data workers cannot use /dev/shm ({}). Make it writable, or set "
-    "data.num_workers to 0.",
-    "DataLoader worker": "A process that reads images ended ({}). If memory ran out, set data.num_workers or "
-    "data.batch_size lower.",
-    "C++ compile": "model.compile needs a C++ compiler that works, such as g++ ({}). "
-    "Install one, or leave model.compile out.",
-}
-"""Messages for errors of torch that a user can do something about, by a part of torch's own message."""
 
 
 class DETRCLI(LightningCLI):
@@ -207,7 +187,7 @@ class DETRCLI(LightningCLI):
         with restore_settings(), meeting(self.trainer):
             self.trainer.validate(**kwargs, verbose=False)
         self.summary = self.model.metrics
-        if _rank() == 0:
+        if this_rank() == 0:
             images = count(len(self.model.validated), "image")
             said = f"{self.model.checkpoint.name} on {images}", reports.metrics(self.summary)
             Console(markup=False).print(*said, sep="\n", highlight=False)
@@ -239,7 +219,7 @@ class DETRCLI(LightningCLI):
         return bool(self.config[self.subcommand].dry_run)
 
     def _say(self, *things: Any) -> None:
-        if _rank() == 0:
+        if this_rank() == 0:
             for thing in things:
                 self.console.print(thing, highlight=False, soft_wrap=isinstance(thing, str))
 
@@ -252,59 +232,13 @@ def run(verb: str, words: Sequence[str]) -> int:
         words: The words after it, as `checked_words` returns them.
 
     Returns:
-        The exit code: 0 for success, 1 for an error, which is printed as one message, 130 after Ctrl-C.
+        The exit code; see `exit_code`.
     """
-    kept = f" {KEPT}" if verb == "predict" else ""  # validate keeps nothing
     if launched_by_rank_0():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with quiet_lightning(), _plain_warnings(), sigterm_as_interrupt():
+
+    def command() -> None:
+        with quiet_lightning(), plain_warnings(), sigterm_as_interrupt():
             DETRCLI(verb, words)
-    except KeyboardInterrupt:
-        return _fail("Interrupted.", 130, kept)
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning has turned into an exit
-            return _fail("Interrupted.", 130, kept)
-        raise
-    except (DETRLightningError, OSError, MisconfigurationException) as error:
-        return _fail(str(error), 1)
-    except DistError as error:
-        return _fail(FAILURES["gloo"].format(str(error).strip().splitlines()[0]), 1, kept)
-    except RuntimeError as error:
-        for sign, message in FAILURES.items():
-            for line in str(error).splitlines():
-                if sign in line:
-                    return _fail(message.format(line.strip()), 1, kept)
-        raise
-    return 0
 
-
-@contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Print this package's warnings as one line, without their place in the code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", DETRLightningWarning)
-        show = warnings.showwarning
-
-        def show_plain(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-            if issubclass(category, DETRLightningWarning):
-                if _rank() == 0:
-                    print(f"Warning: {message}", file=sys.stderr, flush=True)
-            else:
-                show(message, category, *place, **more)
-
-        warnings.showwarning = show_plain
-        yield
-
-
-def _fail(message: str, code: int, kept: str = "") -> int:
-    rank = _rank()
-    message += "" if kept in message else kept
-    where = f" (rank {rank})" if rank else ""
-    print(f"Error{where}: {message}", file=sys.stderr, flush=True)
-    return code
-
-
-def _rank() -> int:
-    rank: int = getattr(rank_zero_only, "rank", 0)
-    return rank
+    return exit_code(command, kept=KEPT if verb == "predict" else "")  # validate keeps nothing

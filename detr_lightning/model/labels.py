@@ -75,3 +75,30 @@ OLD_NAMES = {"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch"
 def _same(one: str, other: str) -> bool:
     one = one.strip().lower().replace("_", " ")
     return OLD_NAMES.get(one, one) == other
+
+
+def compare_names(model: Mapping[int, str], annotated: Mapping[int, str]) -> tuple[str, bool]:
+    """Compare the names of a model's categories with those in annotations, id by id.
+
+    Returns:
+        The first differences in words, empty where all names agree, and whether none agrees. A model without names
+        differs from nothing.
+    """
+    if not model:
+        return "", False
+    ids = {_plain(name): number for number, name in model.items()}
+    differences = []
+    for number, name in annotated.items():
+        if _plain(model.get(number, "")) == _plain(name):
+            continue
+        other = ids.get(_plain(name))
+        differences.append(
+            f"{number} is {name!r} in the annotations and {repr(model[number]) if number in model else 'no category'} "
+            f"in the model" + ("" if other is None else f", which has {name!r} at {other}")
+        )
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + more, 0 < len(differences) == len(annotated)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name.strip().casefold())

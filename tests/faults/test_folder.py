@@ -256,18 +256,23 @@ writers = [threading.Thread(target=write) for _ in range(2)]
 for writer in writers:
     writer.start()
 children = []
+wait, end_all = os.pipe()
 for _ in range(50):
     child = os.fork()
     if child == 0:
-        time.sleep(0.5)
+        os.close(end_all)
+        os.read(wait, 1)
         os._exit(0)
     children.append(child)
 stop.set()
 for writer in writers:
     writer.join()
 log.close(done=False)
-assert not is_locked(path)
 end = time.monotonic() + 20
+while is_locked(path) and time.monotonic() < end:  # by a child that had no turn yet
+    time.sleep(0.01)
+assert not is_locked(path)
+os.close(end_all)
 while children and time.monotonic() < end:
     children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
     time.sleep(0.05)

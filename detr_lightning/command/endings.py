@@ -1,0 +1,94 @@
+"""How a run of `predict` or `validate` ends: its exit code, its one message, and its warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed import DistError
+
+from detr_lightning.errors import DETRLightningError, DETRLightningWarning
+
+FAILURES = {
+    "out of memory": "The memory of the device is full ({}). Set data.batch_size lower.",
+    "can't allocate memory": "The memory is full ({}). Set data.batch_size or data.num_workers lower.",
+    "ended before": "{}",
+    **dict.fromkeys(("gloo", "NCCL", "Connection closed by peer"), "Another rank ended: see its message ({})."),
+    "unable to allocate shared memory": "Data workers have too little shared memory ({}). Set data.num_workers or "
+    "data.batch_size lower, or give the container more: docker run --shm-size=2g.",
+    "unable to open shared memory object": "Data workers cannot use /dev/shm ({}). Make it writable, or set "
+    "data.num_workers to 0.",
+    "DataLoader worker": "A process that reads images ended ({}). If memory ran out, set data.num_workers or "
+    "data.batch_size lower.",
+    "C++ compile": "model.compile needs a C++ compiler that works, such as g++ ({}). "
+    "Install one, or leave model.compile out.",
+}
+"""Messages for errors of torch that a user can do something about, by a part of torch's own message."""
+
+
+def exit_code(run: Callable[[], object], kept: str = "") -> int:
+    """Run something and print what ended it as one message. A programming error shows its traceback.
+
+    Args:
+        run: What to run.
+        kept: What the message ends with where a part of the work was done.
+
+    Returns:
+        0 for success, 1 for an error, 130 after Ctrl-C.
+    """
+    try:
+        run()
+    except KeyboardInterrupt:
+        return _fail("Interrupted.", 130, kept)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning has turned into an exit
+            return _fail("Interrupted.", 130, kept)
+        raise
+    except (DETRLightningError, OSError, MisconfigurationException) as error:
+        return _fail(str(error), 1)
+    except DistError as error:
+        return _fail(FAILURES["gloo"].format(str(error).strip().splitlines()[0]), 1, kept)
+    except RuntimeError as error:
+        for sign, message in FAILURES.items():
+            for line in str(error).splitlines():
+                if sign in line:
+                    return _fail(message.format(line.strip()), 1, kept)
+        raise
+    return 0
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print this package's warnings as one line, without their place in the code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DETRLightningWarning)
+        show = warnings.showwarning
+
+        def show_plain(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, DETRLightningWarning):
+                if this_rank() == 0:
+                    print(f"Warning: {message}", file=sys.stderr, flush=True)
+            else:
+                show(message, category, *place, **more)
+
+        warnings.showwarning = show_plain
+        yield
+
+
+def _fail(message: str, code: int, kept: str = "") -> int:
+    rank = this_rank()
+    message += f" {kept}" if kept and kept not in message else ""
+    where = f" (rank {rank})" if rank else ""
+    print(f"Error{where}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def this_rank() -> int:
+    """Return this process's rank, which Lightning knows from the start."""
+    rank: int = getattr(rank_zero_only, "rank", 0)
+    return rank
