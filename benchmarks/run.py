@@ -88,7 +88,7 @@ def field(options: argparse.Namespace, limit: bool = False) -> Iterator[list[Con
     """Start ours and the peers that are to be had, in each precision."""
     with contextlib.ExitStack() as stack:
         contestants = []
-        for dtype in PRECISIONS:
+        for dtype in options.precision:
             contestants += [Contestant("ours", dtype), Contestant("Hugging Face", dtype)]
             if options.official and dtype == "float32":  # its position encoding does not run in bfloat16
                 contestants.append(Contestant("official", dtype, checkout=options.official))
@@ -392,6 +392,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", nargs="?", default="all", choices=MODES)
     parser.add_argument("--official", type=Path, help="a checkout of facebookresearch/detr")
+    parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS, help="of both sides")
     parser.add_argument("--runs", type=int, default=9, help="runs of each contestant, after one to warm up")
     parser.add_argument("--job-runs", type=int, default=3, help="the same for the whole job")
     parser.add_argument("--images", type=int, default=16, help="images of the whole job")

@@ -1,4 +1,4 @@
-"""Convolutions, linear layers and attention through oneDNN, for inference on a CPU.
+"""Convolutions and linear layers through oneDNN, for inference on a CPU.
 
 `convolve`, `pack` and `linear` call operators that torch's own compiler emits for CPUs. They are not public: `usable`
 says whether they are there and do what they should. Where it says no, the callers do the same in plain torch.
@@ -15,9 +15,6 @@ from torch import Tensor
 
 Settings = tuple[Any, Any, Any]
 """A convolution's stride, padding and dilation."""
-
-SCORES = 2**22
-"""Attention scores that are in memory at a time: 16 MB in float32."""
 
 
 def usable(x: Tensor) -> bool:
@@ -75,29 +72,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = F
         x.contiguous(), weight.contiguous(), bias, "relu" if relu else "none", [], ""
     )
     return out
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, nheads: int) -> Tensor:
-    """Multi-head attention with projected queries `[B, N, dim]` to keys and values `[B, M, dim]`.
-
-    Head by head, so that the scores stay in the processor's caches, and with `linear` for both products: torch's fused
-    attention multiplies through MKL. Scores and softmax are in float32, whatever the precision.
-    """
-    scale = (query.shape[-1] // nheads) ** -0.5
-    rows = max(1, SCORES // key.shape[1])
-    attended = torch.empty_like(query, memory_format=torch.contiguous_format)
-    # [B, N, dim] -> [B, nheads, N, dim/nheads], the values also transposed
-    queries, keys = (
-        x.unflatten(2, (nheads, -1)).transpose(1, 2).contiguous() for x in (query.float() * scale, key.float())
-    )
-    values = value.unflatten(2, (nheads, -1)).permute(0, 2, 3, 1).contiguous()
-    for out, *heads in zip(attended, queries, keys, values, strict=True):
-        for head, q, k, v in zip(out.tensor_split(nheads, 1), *heads, strict=True):
-            for target, some in zip(head.split(rows), q.split(rows), strict=True):
-                scores = linear(some, k)
-                torch.softmax(scores, -1, out=scores)
-                target.copy_(linear(scores.to(v.dtype), v))
-    return attended
 
 
 @functools.cache

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from detr_lightning.model.detr import onednn
 
-ONEDNN_MIN_QUERIES = 400
-"""Queries from which on `onednn.attention` is faster than torch's."""
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
     """A linear layer over `[B, N, C]`, with or without a ReLU."""
@@ -67,14 +64,9 @@ class Attention(nn.Module):
             value: Projected values.
             visible: `[B, 1, 1, M]`, False where a key is padding.
         """
-        if visible is None and query.shape[1] >= ONEDNN_MIN_QUERIES and onednn.usable(query):
-            attended = onednn.attention(query, key, value, self.nheads)
-        else:
-            attended = F.scaled_dot_product_attention(
-                self.heads(query), self.heads(key), self.heads(value), attn_mask=visible
-            )
-            attended = attended.transpose(1, 2).flatten(2)
-        out: Tensor = self.out_proj(attended)
+        heads = self.heads(query), self.heads(key), self.heads(value)
+        attended = F.scaled_dot_product_attention(*heads, attn_mask=visible)
+        out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return out
 
     def weights(self, query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
