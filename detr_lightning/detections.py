@@ -13,7 +13,7 @@ from torch import Tensor
 from detr_lightning.errors import SettingError, check_choice
 
 SCORINGS = ("softmax", "sigmoid")
-"""How logits become probabilities."""
+"""The two ways from logits to probabilities."""
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """COCO's twelve numbers in COCO's order: average precision, then average recall; s, m and l are object sizes."""

@@ -1,4 +1,4 @@
-"""How this process was started: by hand, by rank 0 of its node, or by a launcher such as torchrun or srun.
+"""The way this process was started: by hand, by rank 0 of its node, or by a launcher such as torchrun or srun.
 
 Imports neither torch nor Lightning: Lightning reads the environment when it is imported.
 """

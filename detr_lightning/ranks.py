@@ -1,4 +1,4 @@
-"""How the ranks of a run agree: rank 0 decides, and the others are told."""
+"""Agreement of the ranks of a run: rank 0 decides, and the others are told."""
 
 from __future__ import annotations
 

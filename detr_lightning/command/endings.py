@@ -1,4 +1,4 @@
-"""How a run of `predict` or `validate` ends: its exit code, its one message, and its warnings."""
+"""The end of a run of `predict` or `validate`: its exit code, its one message, and its warnings."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -41,7 +42,8 @@ def announcement(job: Job, free: int | None) -> list[RenderableType]:
             "compares before it begins."
         )
     if run.complete:
-        return [*lines, f"{writer.output_dir} is finished: {count(finished, 'image')}, all there. Nothing to do."]
+        done = f"{writer.output_dir} is finished: {count(finished, 'image')}, all there. Nothing to do."
+        return [*lines, done, next_command(writer)]
     others = f", {finished} more are there already" if finished else ""
     others += f", {len(data.failures)} more cannot be read" if data.failures else ""
     kept = model.hparams["extract_type"] if model.hparams["keys"] is None else count(len(model.keys), "key")
@@ -127,10 +129,14 @@ def result(writer: EmbeddingWriter, metadata: Metadata, seconds: float, ranks: i
     turned = sum(entry.orientation is not None for entry in metadata.images)
     if turned and metadata.run.settings.preprocessing.get("exif") != "apply":
         table.add_row("stored turned", turned_message(turned, len(metadata.images)))
-    if not failed:
-        return [table]
-    table.add_row("skipped", f"{count(len(failed), 'image')}, listed under 'failed' in metadata.json")
-    return [table, *skipped([(entry.file_name, entry.reason) for entry in failed])]
+    if failed:
+        table.add_row("skipped", f"{count(len(failed), 'image')}, listed under 'failed' in metadata.json")
+    return [table, *skipped([(entry.file_name, entry.reason) for entry in failed]), next_command(writer)]
+
+
+def next_command(writer: EmbeddingWriter) -> str:
+    """Return what to type when the embeddings are there."""
+    return f"Next: detr-lightning summary {shlex.quote(str(writer.output_dir))}"
 
 
 def skipped(failures: Sequence[tuple[str, str]]) -> list[str]:

@@ -15,10 +15,10 @@ from detr_lightning.store.store import EmbeddingStore
 from detr_lightning.store.summary import summary
 
 SHOWN = 12
-"""How many categories are named."""
+"""The most categories that are named."""
 
 READ = 1000
-"""How many images are read for the categories."""
+"""The most images that are read for the categories."""
 
 WIDTH = 24
 """The length of the longest bar."""

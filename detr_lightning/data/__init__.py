@@ -1,1 +1,1 @@
-"""Which images there are, how they are read and resized, and which of them share a batch."""
+"""Images: finding, reading and resizing them, and putting them into batches."""

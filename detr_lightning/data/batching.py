@@ -1,4 +1,4 @@
-"""Which images share a batch, which rank computes it, and how their pixels become one tensor."""
+"""Batches: the images that share one, the rank that computes it, and its tensor of pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from detr_lightning.data.records import ImageRecord, Size
 from detr_lightning.errors import SettingError, check_choice
 
 BATCHINGS = ("exact", "padded")
-"""What `data.batching` may be."""
+"""The values of `data.batching`."""
 
 
 def plan_batches(

@@ -56,19 +56,19 @@ def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> N
 
 
 FINGERPRINTS = ("names", "content")
-"""What `data.fingerprint` may be."""
+"""The values of `data.fingerprint`."""
 
 
 class ModelInput(Protocol):
-    """What a model knows of its input: a `Checkpoint`."""
+    """A model's knowledge of its input: a `Checkpoint`."""
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How it was trained to see images."""
+        """The preprocessing of its training."""
 
     @property
     def processor(self) -> Processor | None:
-        """What makes its input of an image, where this package does not make it itself."""
+        """Makes its input of an image, where this package does not make it itself."""
 
 
 class COCODataModule(LightningDataModule):
@@ -203,7 +203,7 @@ class COCODataModule(LightningDataModule):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """What happens to an image before the model sees it: part of what identifies a run."""
+        """The way from an image to the model's input: part of a run's identity."""
         exif = {"exif": self.hparams["exif"]}
         if self.input.processor is not None:
             return {**self.input.to_json(), **exif}
@@ -222,7 +222,7 @@ class COCODataModule(LightningDataModule):
 
     @property
     def batching(self) -> str:
-        """How images share batches, as far as results depend on it."""
+        """The batching, as far as results depend on it."""
         batching: str = self.hparams["batching"]
         return batching if batching == "exact" else f"{batching}, {self.batch_size}"
 

@@ -16,10 +16,10 @@ from detr_lightning.data.records import ImageRecord
 from detr_lightning.errors import UnreadableImageError, check_choice
 
 BACKENDS = ("pil", "torchvision")
-"""What `data.image_backend` may be."""
+"""The values of `data.image_backend`."""
 
 EXIF = ("ignore", "apply")
-"""What `data.exif` may be."""
+"""The values of `data.exif`."""
 
 Processor = Callable[[Image.Image, tuple[int, int]], torch.Tensor]
 """Makes a model's input of an RGB image and a height and width: `[3, height, width]`."""

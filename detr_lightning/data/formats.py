@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError, features
 from detr_lightning.errors import UnreadableImageError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
-"""What is decoded, whatever a file's extension says. Pillow knows more, but hands EPS to an external program."""
+"""The formats that are decoded, whatever a file's extension. Pillow knows more, but hands EPS to another program."""
 
 ImageFile: TypeAlias = "str | os.PathLike[str] | BinaryIO | Image.Image"
 """A path, an open file, or an image that is in memory already."""
@@ -34,7 +34,7 @@ _SIGNS = (
     (re.compile(rb"%PDF"), "PDF", "Save its pages as PNG"),
     (re.compile(rb"\s*<(\?xml|svg)"), "SVG or XML", "Save it as PNG"),
 )
-"""How files begin that are images, or look like them, and are none of `FORMATS`; and what to do."""
+"""First bytes of files that are images, or look like them, in none of `FORMATS`; and advice."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What only the files of images state: sizes and orientations, read from headers, and hashes."""
+"""Sizes and orientations, read from the headers of image files, and hashes of the files."""
 
 from __future__ import annotations
 

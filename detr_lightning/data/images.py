@@ -36,7 +36,7 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """Which images to take, and how: settings of `COCODataModule`."""
+    """The images to take: settings of `COCODataModule`."""
 
     image_ids: list[int | str] | str | None = None
     limit: int | None = None

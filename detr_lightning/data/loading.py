@@ -1,4 +1,4 @@
-"""What a data worker does: read the images of a batch."""
+"""Data workers: they read the images of a batch."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ImageReader:
 
 
 SHARED_MEMORY = "/dev/shm"
-"""Where Linux keeps the memory in which data workers hand over pixels. Docker gives a container 64 MB of it."""
+"""The file system of the memory in which data workers hand over pixels. Docker gives a container 64 MB of it."""
 
 PREFETCHED_BATCHES = 2
 """Batches of each data worker that may be waiting there, as `DataLoader` has it by default."""
@@ -115,7 +115,7 @@ def data_workers(asked: int | None, device: str, ranks: int, batch_bytes: int) -
 
 
 SECONDS_TO_ANSWER = 5
-"""How long a data worker outlives a SIGTERM."""
+"""The time that a data worker outlives a SIGTERM."""
 
 
 class ImageBatches(Dataset[dict[str, Any]]):

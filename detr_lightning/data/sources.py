@@ -1,4 +1,4 @@
-"""Which images there are. A source lists names and ids; sizes are read from headers only where nothing states them."""
+"""Sources of images. They list names and ids; sizes are read from headers only where nothing states them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NONE_KNOWN: Mapping[str, Known] = {}
 
 
 class ImageSource(Protocol):
-    """Where images come from. It travels to the data workers."""
+    """A set of images. It travels to the data workers."""
 
     categories: dict[int, str]
 

@@ -44,6 +44,8 @@ def test_counts_agree_when_images_are_skipped(run_cli: RunCLI, coco_folder: Coco
     assert "1 more cannot be read" in ran.err
     assert re.search(r"written +│ 7 images", ran.err)
     assert re.search(r"skipped +│ 1 image", ran.err)
+    verb, folder = ran.err.rstrip().splitlines()[-1].removeprefix("Next: detr-lightning ").split()
+    assert run_cli(verb, folder).code == 0
 
 
 def test_images_and_embeddings_need_folders_of_their_own(run_cli: RunCLI, coco_folder: Coco) -> None:
