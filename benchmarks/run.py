@@ -38,7 +38,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 from contestants import KEYS, PRECISIONS, Contestant, Ours, device, flops_of_one_image, pixels_of_one_image, timed
 
-from detr_lightning.data.decode import read_pixels
+from detr_lightning.data.decode import read_image
 from detr_lightning.data.files import find_file
 from detr_lightning.data.records import ImageRecord
 from detr_lightning.format.files import save_tensors
@@ -148,8 +148,8 @@ def stages(options: argparse.Namespace) -> dict[str, Any]:
             out = fold(DETR().eval())(pixels_of_one_image().cpu(), keys=KEYS)
         one = {key: value[0].clone() for key, value in out.items()}
         around: dict[str, Callable[[], Any]] = {
-            "read and resize, pil": lambda: read_pixels(path, record, size),
-            "read and resize, torchvision": lambda: read_pixels(path, record, size, "torchvision"),
+            "read and resize, pil": lambda: read_image(path, record, size),
+            "read and resize, torchvision": lambda: read_image(path, record, size, "torchvision"),
             "write one decoder file": lambda: save_tensors(Path(temporary), 1, one),
         }
         rows |= medians({name: partial(timed, run) for name, run in around.items()}, options.runs * 4)

@@ -64,21 +64,8 @@ class ImageProgress(ProgressBar):
         """Begin."""
         self._start(trainer, trainer.val_dataloaders, "Validating")
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count a batch's images."""
-        self._advance(batch, 0)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End."""
-        self._stop()
+    on_validation_batch_end = on_predict_batch_end
+    on_validation_end = on_predict_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the terminal as it was, with one line in place of the bar."""

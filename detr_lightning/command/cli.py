@@ -91,12 +91,21 @@ class DETRCLI(LightningCLI):
 
         Raises:
             FileNotFoundError: Their folder is not there.
+            CommandError: A dry run would have to download them.
         """
         settings = self.config[self.subcommand]
         data = settings.data
         for group, name in ((settings.model, "weights"), (data, "image_dir"), (data, "annotation_file")):
             if group[name]:
                 group[name] = shipped.demo_file(group[name])
+        if data.download and self._dry_run:
+            data.download = False
+            for name in filter(None, (data.image_dir, data.annotation_file)):
+                if not Path(name).expanduser().exists():
+                    raise CommandError(
+                        f"--dry_run downloads nothing, and {name} is not there: without it, this command fetches COCO "
+                        "val2017 first, 5,000 images (1 GB)."
+                    )
         if data.download:
             return
         try:

@@ -102,18 +102,6 @@ def read_image(
         return (to_pixels(image, size) if processor is None else processor(rgb(image), size)), orientation
 
 
-def read_pixels(
-    source: ImageFile,
-    record: ImageRecord,
-    size: tuple[int, int],
-    backend: str = "pil",
-    max_pixels: int | None = None,
-    exif: str = "ignore",
-) -> torch.Tensor:
-    """Return the pixels of an image alone; see `read_image`."""
-    return read_image(source, record, size, backend, max_pixels, exif)[0]
-
-
 def read_rgb(source: ImageFile, exif: str = "ignore") -> Image.Image:
     """Return a whole image in RGB, as a model saw it before it was resized.
 

@@ -61,6 +61,10 @@ def test_the_first_command_tells_how_to_get_the_images(
     ran = run_cli("predict", "--config", "decoder")
     assert ran.code == 1
     assert "--data.download true" in ran.err
+    ran = run_cli("predict", "--config", "decoder", "--data.download", "true", "--dry_run")
+    assert ran.code == 1
+    assert "--dry_run downloads nothing" in ran.err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("verb", ["predict", "validate"])

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, features
 from torchvision.transforms import functional as tv
 
 from detr_lightning.data import formats
-from detr_lightning.data.decode import BACKENDS, read_image, read_pixels, rgb
+from detr_lightning.data.decode import BACKENDS, read_image, rgb
 from detr_lightning.data.records import ImageRecord
 from detr_lightning.data.sources import COCOImages
 from detr_lightning.errors import UnreadableImageError
@@ -94,7 +94,7 @@ def record_of(path: Path) -> ImageRecord:
 
 
 def read(path: Path, size: tuple[int, int] = (30, 40), backend: str = "pil") -> torch.Tensor:
-    return read_pixels(path, record_of(path), size, backend)
+    return read_image(path, record_of(path), size, backend)[0]
 
 
 def array_of(pixels: torch.Tensor) -> np.ndarray:
@@ -215,7 +215,7 @@ class TestReadPixels:
         assert seen == (1 if extension == "tif" else orientation)  # Pillow itself turns a TIFF.
         if orientation >= 5 and extension != "tif":
             with pytest.raises(UnreadableImageError, match=r"its EXIF tag turns it \(data\.exif=apply\)"):
-                read_pixels(path, record, upright.size[::-1], backend)
+                read_image(path, record, upright.size[::-1], backend)
 
     def test_remarks_on_metadata_stay_quiet(self, tmp_path: Path, backend: str) -> None:
         photo().save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\0\x1a\x01\x05\0\x01\0\0\0\xff\xff\xff\x7f")
@@ -225,7 +225,7 @@ class TestReadPixels:
                 image.getexif().get_ifd(0x8769)
             assert seen
             seen.clear()
-            read_pixels(tmp_path / "a.jpg", ImageRecord(1, "a.jpg", 64, 48), (30, 40), backend)
+            read_image(tmp_path / "a.jpg", ImageRecord(1, "a.jpg", 64, 48), (30, 40), backend)
             assert not seen
 
     @pytest.mark.parametrize("size", [(48, 64), (65, 48), (64, 49)])
@@ -233,7 +233,7 @@ class TestReadPixels:
         photo().save(tmp_path / "a.jpg")
         message = rf"a\.jpg: the file is 64x48 \(width x height\), but {size[0]}x{size[1]} was expected"
         with pytest.raises(UnreadableImageError, match=message):
-            read_pixels(tmp_path / "a.jpg", ImageRecord(1, "a.jpg", *size), (30, 40), backend)
+            read_image(tmp_path / "a.jpg", ImageRecord(1, "a.jpg", *size), (30, 40), backend)
 
     @pytest.mark.parametrize(
         ("content", "reason"),
@@ -248,7 +248,7 @@ class TestReadPixels:
     def test_no_image(self, tmp_path: Path, backend: str, content: bytes, reason: str) -> None:
         (tmp_path / "a.jpg").write_bytes(content)
         with pytest.raises(UnreadableImageError, match=rf"a\.jpg: {reason}") as error:
-            read_pixels(tmp_path / "a.jpg", ImageRecord(1, "a.jpg", 64, 48), (30, 40), backend)
+            read_image(tmp_path / "a.jpg", ImageRecord(1, "a.jpg", 64, 48), (30, 40), backend)
         assert "a.jpg" not in error.value.reason
 
     @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ class TestReadPixels:
     def test_what_is_recognised_is_named(self, tmp_path: Path, backend: str, begin: bytes, name: str) -> None:
         (tmp_path / "a.jpg").write_bytes(begin + bytes(64))
         with pytest.raises(UnreadableImageError, match=rf"a\.jpg: {name}.*, which is not read here"):
-            read_pixels(tmp_path / "a.jpg", ImageRecord(1, "a.jpg", 64, 48), (30, 40), backend)
+            read_image(tmp_path / "a.jpg", ImageRecord(1, "a.jpg", 64, 48), (30, 40), backend)
 
     @pytest.mark.skipif(not features.check("avif"), reason="this Pillow does not read AVIF")
     def test_avif(self, tmp_path: Path, backend: str) -> None:
@@ -278,11 +278,11 @@ class TestReadPixels:
         assert np.abs(difference).mean() < 10
         monkeypatch.setattr(formats, "formats", lambda: formats.FORMATS)
         with pytest.raises(UnreadableImageError, match=r"HEIC, which is not read here.*detr-lightning\[heif\]"):
-            read_pixels(tmp_path / "a.heic", ImageRecord(1, "a.heic", 64, 48), (30, 40), backend)
+            read_image(tmp_path / "a.heic", ImageRecord(1, "a.heic", 64, 48), (30, 40), backend)
 
     def test_folder_instead_of_a_file(self, tmp_path: Path, backend: str) -> None:
         with pytest.raises(UnreadableImageError, match="cannot be read"):
-            read_pixels(tmp_path, ImageRecord(1, "a.jpg", 64, 48), (30, 40), backend)
+            read_image(tmp_path, ImageRecord(1, "a.jpg", 64, 48), (30, 40), backend)
 
     @pytest.mark.parametrize("extension", ["jpg", "png", "bmp", "tif", "webp", "gif"])
     @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
@@ -294,7 +294,7 @@ class TestReadPixels:
         path = tmp_path / f"a.{extension}"
         path.write_bytes(whole.getvalue()[: int(share * len(whole.getvalue()))])
         with pytest.raises(UnreadableImageError, match=rf"a\.{extension}: "):
-            read_pixels(path, ImageRecord(1, path.name, 64, 48), (30, 40), backend)
+            read_image(path, ImageRecord(1, path.name, 64, 48), (30, 40), backend)
 
     @pytest.mark.parametrize(("limit", "refused"), [(64 * 48, False), (64 * 48 - 1, True), (1000, True)])
     def test_decompression_bombs(
@@ -305,8 +305,8 @@ class TestReadPixels:
         record = ImageRecord(1, "a.jpg", 64, 48)
         if refused:
             with pytest.raises(UnreadableImageError, match=rf"more than {limit} pixels.*data\.max_image_pixels"):
-                read_pixels(tmp_path / "a.jpg", record, (30, 40), backend)
-        assert read_pixels(tmp_path / "a.jpg", record, (30, 40), backend, max_pixels=5000).shape == (3, 30, 40)
+                read_image(tmp_path / "a.jpg", record, (30, 40), backend)
+        assert read_image(tmp_path / "a.jpg", record, (30, 40), backend, max_pixels=5000)[0].shape == (3, 30, 40)
 
     @settings(max_examples=150, deadline=None)
     @given(data=st.data())
@@ -322,7 +322,7 @@ class TestReadPixels:
         path = tmp_path_factory.mktemp("damaged") / "a"
         path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
         try:
-            assert read_pixels(path, ImageRecord(1, "a", 16, 12), (9, 12), backend).shape == (3, 9, 12)
+            assert read_image(path, ImageRecord(1, "a", 16, 12), (9, 12), backend)[0].shape == (3, 9, 12)
         except UnreadableImageError as error:
             assert error.reason  # noqa: PT017
 
@@ -356,13 +356,15 @@ class TestCocoPixels:
         for record in records:
             with Image.open(COCO / "val2017" / record.file_name) as image:
                 official = tv.resize(image.convert("RGB"), official_size(image.height, image.width, 800, 1333))
-            pixels = read_pixels(COCO / "val2017" / record.file_name, record, resized_size(record.size))
+            pixels = read_image(COCO / "val2017" / record.file_name, record, resized_size(record.size))[0]
             assert (array_of(pixels) == np.asarray(official)).all(), record
 
     def test_torchvision_is_within_a_level(self, records: list[ImageRecord]) -> None:
         for record in records:
             path, size = COCO / "val2017" / record.file_name, resized_size(record.size)
-            difference = read_pixels(path, record, size).int() - read_pixels(path, record, size, "torchvision").int()
+            difference = (
+                read_image(path, record, size)[0].int() - read_image(path, record, size, "torchvision")[0].int()
+            )
             assert difference.abs().max() <= 1, record
 
     @pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="needs ../shared/golden beside the repository")
@@ -373,7 +375,7 @@ class TestCocoPixels:
             record = next(record for record in records if record.file_name == name)
             size = resized_size(record.size)
             assert list(size) == list(expected["input_size"])
-            pixels = read_pixels(COCO / "val2017" / record.file_name, record, size)
+            pixels = read_image(COCO / "val2017" / record.file_name, record, size)[0]
             normalised = (pixels.contiguous().float() / 255 - mean) / std
             assert normalised[:, :48, :48].equal(expected["pixels_corner"])
             torch.testing.assert_close(normalised.mean((1, 2)), expected["pixels_mean"], rtol=1e-5, atol=1e-6)

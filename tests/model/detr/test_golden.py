@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from detr_lightning.data.decode import read_pixels
+from detr_lightning.data.decode import read_image
 from detr_lightning.data.records import ImageRecord
 from detr_lightning.format.preprocessing import resized_size
 from detr_lightning.model import checkpoints
@@ -46,7 +46,7 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 def pixels_of(file_name: str) -> Tensor:
     with Image.open(IMAGES / file_name) as image:
         record = ImageRecord(1, file_name, image.width, image.height)
-    return read_pixels(IMAGES / file_name, record, resized_size((record.height, record.width)))
+    return read_image(IMAGES / file_name, record, resized_size((record.height, record.width)))[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
