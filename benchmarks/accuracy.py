@@ -1,4 +1,4 @@
-"""How far each setting moves each tensor from float32, batch size 1 and official pixels.
+"""How far each setting moves each tensor from float32 on the CPU, batch size 1 and official pixels.
 
     python benchmarks/accuracy.py FOLDER_OF_IMAGES --weights detr_resnet50
 
@@ -21,6 +21,7 @@ from detr_lightning import extract
 from detr_lightning.format.keys import EXTRACT_TYPES
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "trainer.accelerator auto": {},
     "batch size 2": {"batch_size": 2},
     "batch size 8": {"batch_size": 8},
     "batch size 16": {"batch_size": 16},
@@ -36,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "model.tf32": {"model": {"tf32": True}},
 }
 GPU_ONLY = ("16-mixed", "model.tf32")
+ACCELERATOR_ONLY = ("trainer.accelerator auto",)
 KEYS = EXTRACT_TYPES["all"]
 
 
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
     common: dict[str, Any] = {"weights": options.weights, "extract_type": "all", "progress": False}
-    wanted = extract(options.image_dir, **common, batch_size=1, limit=options.limit)
+    wanted = extract(options.image_dir, **common, batch_size=1, limit=options.limit, accelerator="cpu")
     results = {}
     table = Table(title=f"{options.weights}, {len(wanted)} images", title_justify="left")
     table.add_column("setting")
@@ -71,6 +73,8 @@ def main() -> None:
         table.add_column(key, justify="right")
     for name in options.settings:
         if name in GPU_ONLY and not torch.cuda.is_available():
+            continue
+        if name in ACCELERATOR_ONLY and not torch.accelerator.is_available():
             continue
         settings = {"batch_size": 1, **SETTINGS[name]}
         if "model" in settings:
