@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ def checked_words(verb: str, words: Sequence[str]) -> list[str]:
     sets the `model.keys` of a config aside.
 
     Raises:
-        SettingError: A setting is misspelt or in the wrong place, or a config cannot be used.
+        SettingError: A setting is misspelt, missing or in the wrong place, or a config cannot be used.
     """
     configs: list[str] = []
     flags: list[str] = []
     chosen: list[str] = []  # which of extract_type and model.keys each source sets, the later ones last
+    images_named = False
     rest = iter(words)
     for word in rest:
         name, equals, value = word.partition("=")
@@ -37,22 +38,30 @@ def checked_words(verb: str, words: Sequence[str]) -> list[str]:
             if source is None:
                 raise SettingError("--config needs the name of a config or a YAML file.")
             path = shipped.config_file(source)
-            chosen += _check_config(verb, path)
+            content = _read_config(verb, path)
+            chosen += _tensor_settings(content, path)
+            images_named |= "image_dir" in (content.get("data") or ())
             configs.append(f"--config={path}")
         else:
             if name.startswith("--"):
                 _check_name(verb, name[2:].rstrip("+"), "", flag=True)
             flags.append(word)
-    by_flag = {word.partition("=")[0] for word in flags} & {"--extract_type", "--model.keys"}
+    given = {word.partition("=")[0] for word in flags}
+    by_flag = given & {"--extract_type", "--model.keys"}
     if len(by_flag) == 2:
         raise SettingError("--extract_type and --model.keys both choose the tensors. Give one of them.")
+    if not (images_named or given & {"--data", "--data.image_dir", "--print_config"}):
+        raise SettingError(
+            f"data.image_dir is required: the folder with the images, as in detr-lightning {verb} --data.image_dir "
+            f"photos. Without images of your own: detr-lightning {verb} --config demo"
+        )
     if "model.keys" in chosen and (by_flag == {"--extract_type"} or (not by_flag and chosen[-1] == "extract_type")):
         flags.append("--model.keys=null")
     return [*configs, *flags]
 
 
-def _check_config(verb: str, path: Path) -> list[str]:
-    """Check the settings of a file, and return whether it sets `extract_type` or `model.keys`."""
+def _read_config(verb: str, path: Path) -> dict[str, Any]:
+    """Return the settings of a file, whose names are checked."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -70,7 +79,12 @@ def _check_config(verb: str, path: Path) -> list[str]:
                 )
             for name in value or ():
                 _check_name(verb, f"{key}.{name}", f"{path}: ")
-    model: dict[str, Any] = content.get("model") or {}
+    return content
+
+
+def _tensor_settings(content: Mapping[str, Any], path: Path) -> list[str]:
+    """Return which of the settings that choose the tensors a config has, `extract_type` or `model.keys`."""
+    model = content.get("model") or {}
     chosen = [*(["extract_type"] * ("extract_type" in content)), *(["model.keys"] * (model.get("keys") is not None))]
     if len(chosen) == 2:
         raise SettingError(f"{path}: extract_type and model.keys both choose the tensors. Remove one of them.")

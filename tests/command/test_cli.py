@@ -136,11 +136,12 @@ def test_a_wrong_key_in_a_yaml_is_refused(
 
 
 def test_settings_that_are_missing_or_in_the_wrong_place(run_cli: RunCLI, tmp_path: Path) -> None:
-    said = run_cli("predict").err
-    assert "--data.image_dir" in said
-    assert "required" in said
     config = tmp_path / "job.yaml"
     config.write_text("model: {weights: random}\n")
+    for words in ((), ("--config", config), ("--data.limit", "3")):
+        said = run_cli("predict", *words).err
+        assert "data.image_dir is required" in said
+        assert "--config demo" in said
     assert "The verb comes first, settings such as --config after it" in run_cli("--config", config, "predict").err
     assert "output_dir is empty" in run_cli("predict", "--data.image_dir", tmp_path, "--output_dir", "").err
 
@@ -170,7 +171,7 @@ def test_ctrl_c_while_the_command_is_imported() -> None:
     imported = "import sys\nclass Meta:\n    def find_spec(self, name, *_):\n"
     imported += "        if name == 'lightning': raise KeyboardInterrupt\nsys.meta_path.insert(0, Meta())\n"
     script = imported + "from detr_lightning.__main__ import main\nraise SystemExit(main())"
-    command = [sys.executable, "-c", script, "predict"]
+    command = [sys.executable, "-c", script, "predict", "--config", "demo"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (130, "Error: Interrupted before anything was done.\n")
 
