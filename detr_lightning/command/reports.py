@@ -102,11 +102,11 @@ def cautions(trainer: Trainer) -> list[str]:
         return [f"Warning: {ranks} ranks share {count(cores, 'core')}: fewer devices are as fast and need less memory."]
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     threads = ranks * threads_per_rank(trainer)
-    if threads == 1 or threads <= cores - busy + 0.5:
+    if threads == 1 or threads + busy <= cores + 1:
         return []
     return [
-        f"Note: other programs keep {count(cores, 'core')} busy (load {busy:.1f}). Threads that wait for each other "
-        "can then take many times as long: OMP_NUM_THREADS=1 may be faster."
+        f"Note: other programs keep this machine busy (load {busy:.1f}, {count(cores, 'core')}). Threads that wait for "
+        "each other can then take many times as long: OMP_NUM_THREADS=1 may be faster."
     ]
 
 

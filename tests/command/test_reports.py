@@ -20,7 +20,8 @@ from detr_lightning.command import reports
 def test_the_plan_names_device_precision_and_threads(
     run_cli: RunCLI, coco_folder: Coco, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "getloadavg", lambda: (5.0, 5.0, 5.0))
+    load = 5.0
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
     quiet = run_cli("predict", *coco_folder.data, "--dry_run").err
     assert "on cpu in 32-true, 1 thread" in quiet
     assert "OMP_NUM_THREADS" not in quiet
@@ -30,6 +31,8 @@ def test_the_plan_names_device_precision_and_threads(
     busy = run_cli("predict", *coco_folder.data, *slow, "bf16-mixed").err
     assert "on cpu in bf16-mixed, 2 threads" in busy
     assert "OMP_NUM_THREADS=1 may be faster" in busy
+    load = 0.9  # the imports of this very command
+    assert "OMP_NUM_THREADS" not in run_cli("predict", *coco_folder.data, "--dry_run").err
 
 
 def test_counts_agree_when_images_are_skipped(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path) -> None:
