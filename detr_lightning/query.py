@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,16 @@ import numpy as np
 from PIL import Image
 
 from detr_lightning.analysis.overlap import overlaps
+from detr_lightning.analysis.pictures import read_picture
 from detr_lightning.errors import DETRLightningError, InputError, SettingError
 from detr_lightning.store.predictions import Predictions
 from detr_lightning.store.store import EmbeddingStore
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_SIZES = ("short_side", "long_side", "image_backend")
+"""The settings of the preprocessing that one more image takes over."""
 
 
 def query_objects(
@@ -50,21 +53,24 @@ def query_objects(
 
     Raises:
         FileNotFoundError: The image or the weights are not there.
+        UnreadableImageError: The image cannot be read.
         InputError: The weights are others than the extraction's, or nothing was found.
         SettingError: The box or crop lies outside the image.
     """
     from detr_lightning.analysis.objects import frame_of
     from detr_lightning.analysis.reader import ObjectReader
 
-    picture, name = _picture(image)
-    x, y = 0, 0
+    whole, name = _picture(store, image)
+    picture, x, y = whole, 0, 0
     if crop is not None:
-        x, y, width, height = _inside(crop, picture, "crop")
-        picture = picture.crop((x, y, x + width, y + height))
-    with tempfile.TemporaryDirectory() as folder:
-        extracted = _extract(store, picture, [key, "pred_logits", "pred_boxes"], weights, folder)
-        reader = ObjectReader(extracted, threshold if box is None else 0.0, key=key, layer=layer)
-        table = frame_of(reader, progress=False)
+        x, y, width, height = _inside(crop, whole, "crop")
+        picture = whole.crop((x, y, x + width, y + height))
+    if box is not None:
+        left, top, width, height = _inside(box, whole, "box")
+        wanted = np.array([[left, top, left + width, top + height]], float)
+    extracted = _extract(store, picture, [key, "pred_logits", "pred_boxes"], weights)
+    reader = ObjectReader(extracted, threshold if box is None else 0.0, key=key, layer=layer)
+    table = frame_of(reader, progress=False)
     if table.empty:
         raise InputError(f"{name}: no object scores {threshold} or more; the best scores {reader.best:.3f}.")
     names = Predictions(store).names
@@ -75,26 +81,20 @@ def query_objects(
     table["bbox"] = [[left + x, top + y, *size] for left, top, *size in table["bbox"]]
     if box is None:
         return table
-    left, top, width, height = _inside(box, _picture(image)[0], "box")
-    wanted = np.array([[left, top, left + width, top + height]], float)
     shared = overlaps(table[["x1", "y1", "x2", "y2"]].to_numpy(float), wanted)[:, 0]
     if not shared.max():
         raise InputError(f"{name}: no detection overlaps the box {list(box)}.")
     return table.iloc[[int(shared.argmax())]].reset_index(drop=True)
 
 
-def _picture(image: str | os.PathLike[str] | Image.Image) -> tuple[Image.Image, str]:
+def _picture(store: EmbeddingStore, image: str | os.PathLike[str] | Image.Image) -> tuple[Image.Image, str]:
+    """Return an image as the model of the store would see it, and its name."""
     if isinstance(image, Image.Image):
-        return image, "image"
+        return read_picture(store, image), "image"
     path = Path(image).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist. Give an image to search with.")
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            return opened, str(path)
-    except OSError as error:
-        raise InputError(f"{path} is not an image that can be read ({error}).") from error
+    return read_picture(store, path), str(path)
 
 
 def _inside(box: Sequence[float], picture: Image.Image, name: str) -> tuple[int, int, int, int]:
@@ -111,46 +111,30 @@ def _inside(box: Sequence[float], picture: Image.Image, name: str) -> tuple[int,
 
 
 def _extract(
-    store: EmbeddingStore,
-    picture: Image.Image,
-    keys: list[str],
-    weights: str | os.PathLike[str] | None,
-    folder: str,
+    store: EmbeddingStore, picture: Image.Image, keys: list[str], weights: str | os.PathLike[str] | None
 ) -> EmbeddingStore:
-    """Run the store's model on an image, and return the extraction in a folder."""
-    from detr_lightning.api import extract
-    from detr_lightning.model.checkpoints import load
+    """Run the store's model on an image, and return the extraction, which stays in memory."""
+    from detr_lightning.extractor import DETRExtractor
 
-    config: dict[str, Any] = store.metadata.get("config", {})
-    settings = {name: config.get("model", {}).get(name) for name in ("nheads", "dilation", "ema")}
-    recorded = store.metadata.get("model", {})
-    place = os.fspath(weights or config.get("model", {}).get("weights") or recorded.get("weights") or "")
-    expected = str(recorded.get("sha256"))
+    run = store.metadata_file.run
+    recorded = run.settings
+    given = run.config.get("model") or {}
+    place = os.fspath(weights or given.get("weights") or recorded.model.weights)
+    precision = recorded.precision.removesuffix(", TF32")
+    settings: dict[str, Any] = {name: given.get(name) for name in ("nheads", "dilation", "ema")}
+    settings["tf32"] = precision != recorded.precision
+    expected = recorded.model.sha256
     advice = (
         f"{store.name} was extracted with weights of the sha256 {expected[:8]}. Give --weights, the file with them."
     )
     try:
-        checkpoint = load(place, **settings)
+        model = DETRExtractor(place, keys=keys, **settings)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} {advice}") from error
     except DETRLightningError as error:  # Other heads, for example.
         raise InputError(f"{place} holds other weights ({error}). {advice}") from error
-    if checkpoint.sha256 != expected:
-        raise InputError(f"{place} holds other weights, of the sha256 {checkpoint.sha256[:8]}. {advice}")
-    preprocessing = store.metadata.get("preprocessing", {})
-    data = {name: preprocessing[name] for name in ("short_side", "long_side", "image_backend") if name in preprocessing}
-    precision = str(store.metadata.get("precision", "32-true"))
-    if precision.endswith(", TF32"):
-        settings["tf32"] = True
-        precision = precision.removesuffix(", TF32")
-    extract(
-        [picture],
-        weights=place,
-        keys=keys,
-        output_dir=folder,
-        precision=precision,
-        progress=False,
-        model=settings,
-        **data,
-    )
-    return EmbeddingStore(folder)
+    if model.checkpoint.sha256 != expected:
+        raise InputError(f"{place} holds other weights, of the sha256 {model.checkpoint.sha256[:8]}. {advice}")
+    # The picture is turned already.
+    sizes = {name: recorded.preprocessing[name] for name in _SIZES if name in recorded.preprocessing}
+    return model.extract([picture], precision=precision, progress=False, **sizes)

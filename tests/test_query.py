@@ -79,7 +79,7 @@ def test_what_cannot_be_asked(store: EmbeddingStore, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="Give an image"):
         query_objects(store, tmp_path / "none.jpg")
     (tmp_path / "text.jpg").write_text("text")
-    with pytest.raises(ValueError, match="is not an image"):
+    with pytest.raises(ValueError, match=r"text\.jpg: not an image"):
         query_objects(store, tmp_path / "text.jpg")
 
 

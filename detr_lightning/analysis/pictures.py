@@ -11,13 +11,22 @@ from detr_lightning.store.store import EmbeddingStore
 
 
 def open_picture(store: EmbeddingStore, image_id: int, image_dir: str | os.PathLike[str] | None = None) -> Image.Image:
-    """Return an image in RGB, as the boxes of the store mean it.
+    """Return an image of a store in RGB, as the store's boxes mean it.
 
     Raises:
         FileNotFoundError: The image is not there.
+        UnreadableImageError: It cannot be read.
     """
-    exif = store.metadata_file.settings.preprocessing.get("exif", "ignore")
-    return read_rgb(store.image_path(int(image_id), image_dir), exif)
+    return read_picture(store, store.image_path(int(image_id), image_dir))
+
+
+def read_picture(store: EmbeddingStore, image: str | os.PathLike[str] | Image.Image) -> Image.Image:
+    """Return any image in RGB, turned as the store's images were turned.
+
+    Raises:
+        UnreadableImageError: It cannot be read.
+    """
+    return read_rgb(image, store.metadata_file.settings.preprocessing.get("exif", "ignore"))
 
 
 def square_around(picture: Image.Image, x1: float, y1: float, x2: float, y2: float) -> Image.Image:

@@ -88,10 +88,9 @@ def _sheet(name: str | None) -> Path | None:
 
 def _draw(store: EmbeddingStore, options: argparse.Namespace, queries: object, found: object, path: Path) -> None:
     import numpy as np
-    from PIL import Image
 
+    from detr_lightning.analysis.pictures import read_picture
     from detr_lightning.analysis.plots import search_results
 
-    with Image.open(Path(options.image).expanduser()) as image:
-        picture = np.asarray(image.convert("RGB"))
+    picture = np.asarray(read_picture(store, Path(options.image).expanduser()))
     search_results(store, queries, found, picture, options.image_dir).savefig(path, dpi=150)
