@@ -15,16 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
-from pyarrow import parquet
 
 from detr_lightning.analysis.pictures import open_picture, square_around
-from detr_lightning.analysis.tables import fingerprint
 from detr_lightning.errors import InputError, MissingPackageError, SettingError
 from detr_lightning.format.files import replacing
 from detr_lightning.parallel import in_threads
 from detr_lightning.store.store import EmbeddingStore
+
+NEEDED = "Exploring needs Embedding Atlas: pip install 'detr-lightning[explore]' (Python 3.11 or newer)."
+
+try:
+    import pyarrow as pa
+    from pyarrow import parquet
+except ImportError as missing:
+    raise MissingPackageError(NEEDED) from missing
 
 SIDE = 96
 """The side of a thumbnail in pixels."""
@@ -48,9 +53,7 @@ def require_atlas() -> None:
         MissingPackageError: It is not.
     """
     if importlib.util.find_spec("embedding_atlas") is None:
-        raise MissingPackageError(
-            "Exploring needs Embedding Atlas: pip install 'detr-lightning[explore]' (Python 3.11 or newer)."
-        )
+        raise MissingPackageError(NEEDED)
 
 
 def prepare(
@@ -77,6 +80,8 @@ def prepare(
         FileNotFoundError: Some images are there and others are not, or `image_dir` has none of them.
         InputError: The table has no objects.
     """
+    from detr_lightning.analysis.tables import fingerprint  # Where pyarrow is missing, it asks for another extra.
+
     objects = parquet.read_table(table)
     if not len(objects):
         raise InputError(f"{table} has no objects to explore. Lower the threshold.")

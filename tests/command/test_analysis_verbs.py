@@ -127,6 +127,34 @@ def test_the_verbs_need_no_lightning(store: EmbeddingStore, annotations: Path, t
     assert done.returncode == 0, done.stderr
 
 
+def test_the_verbs_without_optional_packages(store: EmbeddingStore, annotations: Path, tmp_path: Path) -> None:
+    """After a plain `pip install` each verb works, or names the command that installs what it needs."""
+    script = (
+        "import sys\n"
+        "optional = 'pyarrow pandas matplotlib sklearn faiss embedding_atlas fiftyone lance duckdb scipy'.split()\n"
+        "sys.modules |= dict.fromkeys(optional)\n"
+        "from detr_lightning.command.main import main\n"
+        "folder, annotations, output = sys.argv[1:]\n"
+        "assert main(['summary', folder]) == 0\n"
+        "assert main(['evaluate', folder, '--annotations', annotations]) == 0\n"
+        "assert main(['objects', folder, '--output', output]) == 1\n"
+        "assert main(['search', folder, '--image', 'photo.jpg']) == 1\n"
+        "assert main(['explore', folder]) == 1\n"
+        "assert main(['convert', folder, output]) == 1\n"
+    )
+    command = [sys.executable, "-c", script, str(store.folder), str(annotations), str(tmp_path / "objects.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert [line.partition("pip install 'detr-lightning[")[2].partition("]'")[0] for line in errors] == [
+        "analysis",
+        "analysis",
+        "explore",
+        "lance",
+    ]
+    assert not list(tmp_path.glob("*.parquet"))
+
+
 def test_summary_counts_the_categories(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> None:
     assert main(["summary", str(store.folder)]) == 0
     out = capsys.readouterr().out
