@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from detr_lightning.errors import InputError, SettingError
 from detr_lightning.format.keys import KEYS, FeatureSizes, ModelShape, Size
+from detr_lightning.model.detr.transformer import replace_linears
 from detr_lightning.model.fold_norms import fold_norms
 
 
@@ -153,7 +154,8 @@ class FamilyDetector(nn.Module):
         model = copy.deepcopy(self.model)
         if dtype:
             model.to(dtype)
-        copied = FamilyDetector(fold_norms(model).to(memory_format=torch.channels_last), self.input_size)
+        model = replace_linears(fold_norms(model)).to(memory_format=torch.channels_last)
+        copied = FamilyDetector(model, self.input_size)
         copied.__dict__["architecture"] = self.architecture  # found once
         return copied
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from detr_lightning.model.detr import onednn
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
-    """A linear layer over `[B, N, C]`, with or without a ReLU."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+    """A linear layer over `[..., C]`, with or without a ReLU."""
     if onednn.usable(x):
         return onednn.linear(x, weight, bias, relu)
     x = F.linear(x, weight, bias)
@@ -27,8 +27,19 @@ class Linear(nn.Linear):
     """`nn.Linear` through `linear`."""
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        """Map `[B, N, in_features]` to `[B, N, out_features]`."""
+        """Map `[..., in_features]` to `[..., out_features]`."""
         return linear(x, self.weight, self.bias, relu)
+
+
+def replace_linears(model: nn.Module) -> nn.Module:
+    """Let the linear layers of a model that this package did not build compute through `linear`, in place."""
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is nn.Linear:
+                faster = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+                faster.weight, faster.bias = layer.weight, layer.bias
+                setattr(module, name, faster)
+    return model
 
 
 class Attention(nn.Module):
