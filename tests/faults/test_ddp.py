@@ -48,6 +48,38 @@ def test_few_images_on_two_ranks(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "rf_detr",
+        *(
+            pytest.param(name, marks=pytest.mark.endurance)
+            for name in ("rt_detr_v2", "d_fine", "deformable_detr", "conditional_detr")
+        ),
+    ],
+)
+def test_other_detectors_on_two_ranks(
+    ranks: Callable[..., list[Started]],
+    start: Callable[..., Started],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "model")
+    from family_reference import build, save
+
+    weights = save(build(model_type), tmp_path / "weights")
+    images = make_coco(tmp_path / "coco", 5).images
+    command = ("--model.weights", weights, "--data.image_dir", images, "--extract_type", "all", "--data.batch_size")
+    both = ranks(*command, "2", "--output_dir", tmp_path / "two")
+    assert [run.wait() for run in both] == [0, 0], both[0].err + both[1].err
+    alone = start(*command, "4", "--output_dir", tmp_path / "one")
+    assert alone.wait() == 0, alone.err
+    assert differences(tmp_path / "two", tmp_path / "one") == []
+    assert len(contents(tmp_path / "two")) == 5
+
+
+@pytest.mark.slow
 def test_finished_run_on_two_ranks_returns_at_once(job: Job) -> None:
     job.finish()
     decoding = "from detr_lightning.data import loading; loading.read_image = None"
