@@ -72,7 +72,7 @@ def query_objects(
     reader = ObjectReader(extracted, threshold if box is None else 0.0, key=key, layer=layer)
     table = frame_of(reader, progress=False)
     if table.empty:
-        raise InputError(f"{name}: no object scores {threshold} or more; the best scores {reader.best:.3f}.")
+        raise InputError(f"{name}: no object scores {threshold} or more; the best scores {reader.shown_best}.")
     names = Predictions(store).names
     table["category"] = [names.get(number, str(number)) for number in table["category_id"]]
     table["file_name"] = name

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from ran import RunCLI
 
 from detr_lightning.analysis.objects import objects
 from detr_lightning.command.main import main
+from detr_lightning.demo import demo
 from detr_lightning.query import query_objects
 from detr_lightning.shipped import DEMO
 from detr_lightning.store import EmbeddingStore
@@ -132,6 +134,60 @@ def test_a_table_of_another_extraction(store: EmbeddingStore, tmp_path: Path, ca
     assert "is of another extraction: its folder is" in capsys.readouterr().err
     assert main([*argv[:-1], str(tmp_path / "mine.parquet"), "--sheet", "x.txt"]) == 1
     assert "a contact sheet ends in" in capsys.readouterr().err
+
+
+def test_what_the_command_refuses(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> None:
+    image = str(image_of(store, store.image_ids[0]))
+
+    def refused(*words: str) -> str:
+        assert main(["search", str(store.folder), "--image", image, *words]) == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        return said.err
+
+    assert "argument --crop: '1,2,x,4' is not x,y,width,height in pixels" in refused("--crop", "1,2,x,4")
+    assert "argument --box: '1,2,3' is not x,y,width,height in pixels" in refused("--box", "1,2,3")
+    assert "does not lie in the image of" in refused("--crop", "0,0,5000,10")
+    assert "which is no folder" in refused("--image_dir", str(tmp_path / "none"))
+    # Nothing is found: the best score is named each time, rounded down.
+    for _ in range(2):
+        assert "scores 1.0 or more; the best is 0.9" in refused("--threshold", "1")
+    table = tmp_path / "empty.parquet"
+    assert main(["objects", str(store.folder), "--output", str(table), "--threshold", "1"]) == 0
+    assert "the best is 0.9" in capsys.readouterr().err
+    assert f"{table} has no objects to compare with" in refused("--table", str(table))
+
+
+def test_a_table_of_another_layer(tmp_path: Path, capsys: Capture) -> None:
+    """The query's vector is of the layer that the table holds."""
+    from detr_lightning import extract
+
+    found = extract(**demo(), keys=["query_embeddings", "pred_logits", "pred_boxes", "decoder_output"], limit=2)
+    assert isinstance(found, EmbeddingStore)
+    folder, table = str(found.folder), str(tmp_path / "layer.parquet")
+    argv = ["objects", folder, "--output", table, "--key", "decoder_output", "--layer"]
+    assert main([*argv, "9"]) == 1
+    assert "layer is 9; the decoder has 3, from 0 to 2" in capsys.readouterr().err
+    assert main([*argv, "0"]) == 0
+    capsys.readouterr()
+    assert (
+        main(["search", folder, "--image", str(image_of(found, found.image_ids[0])), "--table", table, "-k", "1"]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[1::2]] == ["1.000"] * (len(lines) // 2)
+
+
+def test_a_lance_table(tmp_path: Path, run_cli: RunCLI) -> None:
+    pytest.importorskip("lance")
+    folder = tmp_path / "out"
+    words = ["--config", "demo", "--data.limit", "4", "--model.weights", str(DEMO / "detr_demo.pth")]
+    assert run_cli("predict", *words, "--writer.layout", "lance", "--output_dir", folder).code == 0
+    image = DEMO / "images" / EmbeddingStore(folder).entry(EmbeddingStore(folder).image_ids[0]).file_name
+    ran = run_cli("search", folder, "--image", image, "-k", "2", "--sheet", tmp_path / "sheet.png")
+    assert ran.code == 0, ran.err
+    first = next(line.split() for line in ran.out.splitlines() if line.startswith("    1 "))
+    assert first[1:3] == ["1.000", image.name]
+    assert (tmp_path / "sheet.png").is_file()
 
 
 def test_without_a_device_line_nothing_else_is_printed(store: EmbeddingStore, capsys: Capture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from detr_lightning.analysis.reader import ObjectReader
 from detr_lightning.analysis.tables import SOURCE, describe, stream
@@ -31,12 +32,12 @@ def objects_table(
             is used as it is, if it is of this store.
 
     Raises:
-        InputError: The file that was given is of another extraction.
+        InputError: The file that was given is of another extraction, or there is no object.
         SettingError: The store is no folder, and no file is given.
     """
     if path is not None and Path(path).expanduser().exists():
         path = Path(path).expanduser()
-        recorded = _source(path)
+        recorded = source_of(path)
         for name in ("folder", "model_sha256"):
             if recorded.get(name) != describe(store)[name]:
                 raise InputError(
@@ -51,15 +52,21 @@ def objects_table(
         path = folder.with_name(f"{folder.name}.objects.parquet")
     reader = ObjectReader(store, threshold, annotation_file=annotation_file)
     path = Path(path).expanduser()
-    if not path.exists() or _source(path) != describe(store, reader):
-        stream(reader, path)
+    made = path.exists() and source_of(path) == describe(store, reader) and parquet.read_metadata(path).num_rows
+    if not made and not stream(reader, path).total():
+        raise InputError(reader.nothing_found())
     return path
 
 
-def _source(path: Path) -> dict[str, object]:
+def source_of(path: Path) -> dict[str, Any]:
+    """Return where the objects of a table come from, as `detr_lightning.analysis.tables.describe` recorded it.
+
+    Raises:
+        InputError: The file is not a table.
+    """
     try:
         metadata = parquet.read_schema(path).metadata or {}
     except Exception as error:  # Arrow has several types for what it cannot read.
         raise InputError(f"{path} is not a Parquet file ({error}). Remove it, or name another one.") from error
-    content: dict[str, object] = json.loads(metadata.get(SOURCE, b"{}"))
+    content: dict[str, Any] = json.loads(metadata.get(SOURCE, b"{}"))
     return content

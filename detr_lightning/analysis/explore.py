@@ -85,7 +85,7 @@ def prepare(
     objects = parquet.read_table(table)
     if not len(objects):
         raise InputError(f"{table} has no objects to explore. Lower the threshold.")
-    pictures = image_dir is not None or _has_image(store, objects["image_id"][0].as_py())
+    pictures = _has_image(store, objects["image_id"][0].as_py(), image_dir)
     made_from = json.dumps([fingerprint(table), pictures, str(image_dir), _FIRST, SIDE]).encode()
     if output.exists() and (parquet.read_schema(output).metadata or {}).get(_MADE_FROM) == made_from:
         return pictures
@@ -187,10 +187,12 @@ def _project(column: pa.ChunkedArray) -> dict[str, pa.Array]:
     return {"projection_x": pa.array(places[:, 0]), "projection_y": pa.array(places[:, 1]), "neighbors": neighbours}
 
 
-def _has_image(store: EmbeddingStore, image_id: int) -> bool:
+def _has_image(store: EmbeddingStore, image_id: int, image_dir: str | os.PathLike[str] | None) -> bool:
     try:
-        store.image_path(image_id)
+        store.image_path(image_id, image_dir)
     except FileNotFoundError:
+        if image_dir is not None:
+            raise
         return False
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -84,9 +85,14 @@ class ObjectReader:
         if not self.ids:
             return f"No image of {self.store.name} was chosen. It holds {len(self.store)} images."
         return (
-            f"No query of {len(self.ids)} images scores {self.threshold} or more; the best is {self.best:.3f}, "
+            f"No query of {len(self.ids)} images scores {self.threshold} or more; the best is {self.shown_best}, "
             f"in image {self.best_image}. Lower the threshold."
         )
+
+    @property
+    def shown_best(self) -> str:
+        """The best score with three digits, rounded down: below a threshold of 1 it does not read as 1."""
+        return f"{math.floor(self.best * 1000) / 1000:.3f}"
 
     def _block(self, ids: list[int], names: dict[int, str]) -> Columns:
         images = [self.no_rows, *filter(None, map(self._image, ids))]
@@ -123,7 +129,11 @@ class ObjectReader:
 
     def _queries(self, image_id: int) -> Tensor:
         tensor = self.store.load(image_id, str(self.key))
-        return tensor[self.layer] if self.key == "decoder_output" else tensor  # [Q, d]
+        if self.key != "decoder_output":
+            return tensor  # [Q, d]
+        if not -len(tensor) <= self.layer < len(tensor):
+            raise SettingError(f"layer is {self.layer}; the decoder has {len(tensor)}, from 0 to {len(tensor) - 1}.")
+        return tensor[self.layer]
 
     @cached_property
     def no_rows(self) -> Columns:

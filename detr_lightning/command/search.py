@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from detr_lightning.errors import SettingError
+from detr_lightning.errors import InputError, SettingError
 from detr_lightning.store.store import EmbeddingStore
 
 
@@ -34,13 +34,18 @@ def run(options: argparse.Namespace) -> int:
     """Print the results, and draw them if asked to."""
     import numpy as np
 
-    from detr_lightning.analysis.cached import objects_table
+    from detr_lightning.analysis.cached import objects_table, source_of
     from detr_lightning.analysis.search import ObjectSearch
 
     store = EmbeddingStore(options.folder)
     sheet = _sheet(options.sheet)
+    if options.image_dir is not None and not Path(options.image_dir).expanduser().is_dir():
+        raise SettingError(f"--image_dir is {options.image_dir}, which is no folder.")
     table = objects_table(store, options.threshold, path=options.table)
     search = ObjectSearch(table, exact=options.exact or None)
+    if not len(search):
+        raise InputError(f"{table} has no objects to compare with. Write it again with a lower threshold.")
+    source = source_of(table)
     from detr_lightning.query import query_objects  # This takes seconds.
 
     queries = query_objects(
@@ -49,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
         box=options.box,
         crop=options.crop,
         threshold=options.threshold,
+        key=source["key"],
+        layer=source["layer"],
         weights=options.weights,
     )
     found = search.search(np.stack(list(queries["embedding"])), options.k)
@@ -60,8 +67,6 @@ def run(options: argparse.Namespace) -> int:
                 f"  {row.rank:>3}  {row.similarity:.3f}  {row.file_name}  {row.category} {row.score:.2f} at {_box(row)}"
             )
             out.print(line, markup=False)
-    if found.empty:
-        out.print(f"{table} has no objects to compare with. Lower --threshold.", markup=False)
     if sheet is not None:
         _draw(store, options, queries, found, sheet)
         out.print(f"wrote {sheet}", markup=False)
@@ -69,7 +74,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        x, y, width, height = map(float, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not x,y,width,height in pixels") from error
+    return [x, y, width, height]
 
 
 def _box(row: object) -> str:
