@@ -103,7 +103,7 @@ def test_the_pictures_of_the_readme_are_small_and_can_be_made_again(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["readme_pictures.py", "--folder", str(tmp_path), "--images", "40"])
     readme_pictures.main()
-    names = {"attention.png", "detections.png", "neighbours.png"}
-    for folder in (tmp_path, ROOT / "assets/readme"):
-        assert {path.name for path in folder.iterdir()} == names
+    names = {"attention.png", "detections.png", "map.png", "neighbours.png"}
+    for folder, made in ((tmp_path, names), (ROOT / "assets/readme", names | {"explorer.png"})):  # Of a browser.
+        assert {path.name for path in folder.iterdir()} == made
         assert all(path.stat().st_size < 150_000 for path in folder.iterdir())

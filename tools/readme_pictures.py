@@ -2,7 +2,8 @@
 
     python tools/readme_pictures.py
 
-writes assets/readme/{detections,attention,neighbours}.png. For the neighbours it draws 150 more pictures.
+writes assets/readme/{detections,map,attention,neighbours}.png. For the map and the neighbours it draws 150 more
+pictures. explorer_picture.py makes that of the explorer: it needs a browser.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ def main() -> None:
     random = np.random.default_rng(0)
     categories = table.category.value_counts().index[:4]
     starts = [int(random.choice(np.flatnonzero(table.category == category))) for category in categories]
+    write(drawn(plots.embedding_map(table), 720), folder / "map.png")
     write(drawn(plots.neighbours(store, table, starts, k=8), 1000), folder / "neighbours.png")
 
 
