@@ -119,6 +119,21 @@ def test_what_is_refused_before_anything_is_made(
     assert not list(tmp_path.glob("*.parquet"))
 
 
+def test_a_lance_table_has_thumbnails_too(
+    store: EmbeddingStore, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lance")  # Three objects have no map, which would need Embedding Atlas.
+    assert main(["convert", str(store.folder), str(tmp_path / "table")]) == 0
+    exported: list[Path] = []
+    monkeypatch.setattr(explore, "require_atlas", lambda: None)
+    monkeypatch.setattr(explore, "export", lambda prepared, pictures, folder: exported.append(prepared))
+    assert main(["explore", str(tmp_path / "table"), "--export", str(tmp_path / "page")]) == 0
+    assert "Without thumbnails" not in capsys.readouterr().out
+    assert exported == [tmp_path / "table.objects.explore.parquet"]
+    explore.prepare(store, write_objects(store, tmp_path / "objects.parquet"), tmp_path / "of_files.parquet")
+    assert parquet.read_table(exported[0]).equals(parquet.read_table(tmp_path / "of_files.parquet"))
+
+
 @needs_atlas
 def test_a_page_is_exported(tmp_path: Path, capsys: Capture) -> None:
     store = make_store(tmp_path / "store", annotations_of(20))
