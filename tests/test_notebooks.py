@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,7 +81,9 @@ def test_runs_on_the_demo(kernel: KernelManager, path: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
 def test_survives_finding_nothing(kernel: KernelManager, path: Path, tmp_path: Path) -> None:
-    execute(kernel, path, tmp_path, THRESHOLD=1.0)
+    said = "".join(str(output.get("text", "")) for output in outputs(execute(kernel, path, tmp_path, THRESHOLD=1.0)))
+    assert "No query of 40 images scores 1.0 or more; the best is 0.9" in said
+    assert re.search(r"^0 (of \d+ (annotated )?)?objects", said, re.MULTILINE)
 
 
 @pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="../shared, with a sample of COCO, is not there")

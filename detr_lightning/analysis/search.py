@@ -32,6 +32,10 @@ PROBED_SHARE = 32
 """One in so many cells is searched."""
 
 
+COMPARED_AT_ONCE = 2**26
+"""Cosines that an exact search holds at a time: 270 MB."""
+
+
 class ObjectSearch:
     """Searches the objects of a Parquet file by cosine similarity.
 
@@ -102,8 +106,11 @@ class ObjectSearch:
         if not k:
             return np.empty((len(queries), 0)), np.empty((len(queries), 0), np.int64)
         if self._vectors is not None:
-            values, rows = (torch.from_numpy(queries) @ self._vectors.T).topk(k)
-            return values.numpy(), rows.numpy()
+            some = max(COMPARED_AT_ONCE // len(self), 1)
+            parts = [(part @ self._vectors.T).topk(k) for part in torch.from_numpy(queries).split(some)]
+            return torch.cat([part.values for part in parts]).numpy(), torch.cat(
+                [part.indices for part in parts]
+            ).numpy()
         assert self._index is not None
         values, rows = self._index.search(queries, k)
         return np.asarray(values), np.asarray(rows)

@@ -26,7 +26,9 @@ def cosines(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
     return one @ other.T
 
 
-def test_the_nearest_by_cosine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 40, 2**26])
+def test_the_nearest_by_cosine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr("detr_lightning.analysis.search.COMPARED_AT_ONCE", at_once)
     store = make_store(tmp_path / "store", annotations_of(6))
     path = write_objects(store, tmp_path / "objects.parquet")
     table = objects(store)
