@@ -3,12 +3,14 @@
     python tools/readme_pictures.py
 
 writes assets/readme/{detections,map,attention,neighbours}.png. For the map and the neighbours it draws 150 more
-pictures. explorer_picture.py makes that of the explorer: it needs a browser.
+pictures. The map is a UMAP where umap-learn is installed. explorer_picture.py makes that of the explorer: it needs a
+browser.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import sys
 from collections.abc import Sequence
@@ -101,10 +103,11 @@ def main() -> None:
 
     store = store_of(arguments.images)
     table = objects(store, threshold)
+    method = "umap" if importlib.util.find_spec("umap") else "pca"
+    write(drawn(plots.embedding_map(table, method), 840), folder / "map.png")
     random = np.random.default_rng(0)
     categories = table.category.value_counts().index[:4]
     starts = [int(random.choice(np.flatnonzero(table.category == category))) for category in categories]
-    write(drawn(plots.embedding_map(table), 720), folder / "map.png")
     write(drawn(plots.neighbours(store, table, starts, k=8), 1000), folder / "neighbours.png")
 
 
