@@ -16,6 +16,7 @@ from detr_lightning.errors import InputError, SettingError
 from detr_lightning.format.keys import KEYS, FeatureSizes, ModelShape, Size
 from detr_lightning.model.detr.transformer import replace_linears
 from detr_lightning.model.fold_norms import fold_norms
+from detr_lightning.model.unused_layers import drop_unused_layers
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class FamilyDetector(nn.Module):
         model = copy.deepcopy(self.model)
         if dtype:
             model.to(dtype)
-        model = replace_linears(fold_norms(model)).to(memory_format=torch.channels_last)
+        model = replace_linears(fold_norms(drop_unused_layers(model))).to(memory_format=torch.channels_last)
         copied = FamilyDetector(model, self.input_size)
         copied.__dict__["architecture"] = self.architecture  # found once
         return copied

@@ -94,7 +94,7 @@ def config_of(model_type: str, **changes: Any) -> Any:
             "backbone_config": {
                 "model_type": "rf_detr_dinov2",
                 "hidden_size": 24,
-                "num_hidden_layers": 2,
+                "num_hidden_layers": 3,  # Nothing reads the last one.
                 "num_attention_heads": 2,
                 "mlp_ratio": 2,
                 "image_size": 128,
@@ -115,7 +115,7 @@ def config_of(model_type: str, **changes: Any) -> Any:
             "backbone_config": {
                 "model_type": "lw_detr_vit",
                 "hidden_size": 24,
-                "num_hidden_layers": 2,
+                "num_hidden_layers": 3,  # Nothing reads the last one.
                 "num_attention_heads": 2,
                 "mlp_ratio": 2,
                 "image_size": 128,

@@ -108,6 +108,15 @@ def test_every_tensor_is_that_of_transformers(family: Any, model_type: str) -> N
     assert checkpoint.category_names == LABELS
 
 
+@pytest.mark.parametrize("model_type", ["rf_detr", "lw_detr"])
+def test_layers_that_nothing_reads_are_not_computed(family: Any, model_type: str) -> None:
+    theirs, folder = family(model_type)
+    loaded: Any = checkpoints.load(str(folder)).model
+    faster = loaded.for_inference()
+    layers = [len(model.model.backbone.backbone.encoder.layer) for model in (theirs, loaded.model, faster.model)]
+    assert layers == [3, 3, 2]
+
+
 @pytest.mark.parametrize("model_type", ["table-transformer", "conditional_detr", "dab-detr", "deformable_detr"])
 def test_encoder_layers_and_attention(family: Any, model_type: str) -> None:
     _, folder = family(model_type)
