@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -11,7 +13,8 @@ def drop_unused_layers(model: nn.Module) -> nn.Module:
     RF-DETR and LW-DETR read the features of chosen layers, and the last of all is not among them; transformers computes
     it all the same. Stages are named `stem`, `stage1`, ..., each the output of one layer.
     """
-    for module in list(model.modules()):
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         encoder = getattr(module, "encoder", None)
         layers = getattr(encoder, "layer", None)
         names = getattr(module, "stage_names", None)
