@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from detr_lightning import EmbeddingStore
+from detr_lightning.analysis.matching import match
+from detr_lightning.model.labels import coco_names
 
 REFERENCE = Path(__file__).parent / "model"
 
@@ -108,6 +111,52 @@ def test_a_model_of_several_levels(
     rows = [row for row in json.loads(coco.read_text()) if row["image_id"] == 1]
     assert len(rows) == 9
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+
+
+def test_contiguous_labels_become_ids_of_coco_everywhere(
+    run_cli: Any, reference: Any, images: Path, tmp_path: Path
+) -> None:
+    names = list(coco_names().items())
+    labels = {"id2label": {n: name for n, (_, name) in enumerate(names)}, "label2id": None}
+    weights = reference.save(reference.build("rf_detr", **labels), tmp_path / "weights")
+    output, table = tmp_path / "out", tmp_path / "objects.parquet"
+    asked = ("--data.image_dir", images, "--model.weights", weights)
+    assert run_cli("predict", *asked, "--output_dir", output, "--extract_type", "decoder").code == 0
+    store = EmbeddingStore(output)
+    assert store.metadata["model"]["category_ids"] == [number for number, _ in names]
+    assert store.categories[79] == "toothbrush"  # by the logit's index
+
+    assert run_cli("objects", output, "--threshold", "0", "--output", table).code == 0
+    found = pd.read_parquet(table)
+    for row in found.itertuples():
+        best = int(store.load(row.image_id, "pred_logits")[row.query].argmax())
+        assert (row.category_id, row.category) == names[best]
+    assert found.category_id.max() > 79
+
+    # The best object of each image, as somebody might have annotated it.
+    best_of_each = found.sort_values("score").groupby("image_id").tail(1).sort_values("image_id")
+    annotations = json.loads((images / "instances.json").read_text()) | {
+        "categories": [{"id": number, "name": name} for number, name in names],
+        "annotations": [
+            {"id": n, "image_id": row.image_id, "category_id": row.category_id, "bbox": list(row.bbox), "iscrowd": 0}
+            for n, row in enumerate(best_of_each.itertuples(), start=1)
+        ],
+    }
+    truth, metrics = tmp_path / "truth.json", [tmp_path / "validated.json", tmp_path / "evaluated.json"]
+    truth.write_text(json.dumps(annotations, default=float))
+    annotated, _ = match(store, truth, threshold=0.0)
+    assert list(annotated.category_id) == [row["category_id"] for row in annotations["annotations"]]
+    assert annotated["query"].notna().all()
+    validated = run_cli("validate", *asked, "--data.annotation_file", truth, "--output", metrics[0])
+    assert validated.code == 0, validated.err
+    evaluated = run_cli("evaluate", output, "--annotations", truth, "--output", metrics[1])
+    assert evaluated.code == 0, evaluated.err
+    from_model, from_store = (json.loads(path.read_text()) for path in metrics)
+    assert from_model["AR100"] == from_store["AR100"] == 1
+    assert from_model["AP"] == pytest.approx(from_store["AP"], abs=1e-6)
+    coco = tmp_path / "detections.json"
+    assert run_cli("export", output, "--output", coco, "--format", "coco").code == 0
+    assert {row["category_id"] for row in json.loads(coco.read_text())} <= {number for number, _ in names}
 
 
 def test_a_model_of_one_level_and_varying_sizes(

@@ -14,6 +14,7 @@ from detr_lightning.analysis.overlap import Annotated, assign
 from detr_lightning.data.coco import COCOFile, read_coco_file
 from detr_lightning.errors import DETRLightningWarning, InputError
 from detr_lightning.model.labels import compare_names
+from detr_lightning.store.predictions import Predictions
 from detr_lightning.store.store import EmbeddingStore
 
 COMPARED = ["outcome", "annotation_id", "annotated_category_id", "annotated_category", "iou"]
@@ -108,7 +109,7 @@ def read_annotations(annotation_file: str | os.PathLike[str], store: EmbeddingSt
                 f"{content.path} is of another dataset: image {image_id} is {other.width}x{other.height} there and "
                 f"{entry.width}x{entry.height} in {store.name}."
             )
-    differences, none_agrees = compare_names(store.categories, content.categories)
+    differences, none_agrees = compare_names(Predictions(store).names, content.categories)
     if none_agrees:
         raise InputError(
             f"{content.path} is of other categories than {store.name}: {differences}. "
