@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from coco_factory import Coco, make_coco
+from object_store import Bucket, s3_server
 from ran import Ran, RunCLI
 
 # Models this small are faster on one thread. With several, MKL may use fewer on a busy machine, and rounds otherwise.
@@ -50,6 +52,15 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Coco:
     """Eight images of six shapes. Not to be changed: copy it, or call `make_coco`."""
     return make_coco(tmp_path_factory.mktemp("coco"), 8)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """A bucket on an S3 server, which this process has the credentials for."""
+    with s3_server() as bucket:
+        for name, value in bucket.environment.items():
+            monkeypatch.setenv(name, value)
+        yield bucket
 
 
 @pytest.fixture

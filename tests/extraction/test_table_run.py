@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from coco_factory import Coco, make_coco
+from object_store import Bucket
 from ran import RunCLI
 
 lance = pytest.importorskip("lance", reason="pylance, of the extra lance, is not installed")
@@ -203,29 +203,8 @@ def test_other_settings_layouts_and_tables_are_refused(run_cli: RunCLI, images: 
     assert EmbeddingStore(table).load(1, "query_embeddings").dtype is torch.float16
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket on an S3 server of this process."""
-    server = pytest.importorskip("moto.server", reason="moto, an S3 server for tests, is not installed")
-    boto3 = pytest.importorskip("boto3")
-    running = server.ThreadedMotoServer(port=0)
-    running.start()
-    _host, port = running.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT": f"http://127.0.0.1:{port}",
-        "AWS_ALLOW_HTTP": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1").create_bucket(Bucket="bucket")
-    yield "s3://bucket"
-    running.stop()
-
-
-def test_an_object_store(run_cli: RunCLI, images: Coco, files: EmbeddingStore, bucket: str, tmp_path: Path) -> None:
-    url = f"{bucket}/out"
+def test_an_object_store(run_cli: RunCLI, images: Coco, files: EmbeddingStore, bucket: Bucket, tmp_path: Path) -> None:
+    url = f"{bucket.url}/out"
     command = ("predict", *images.data, *ALL, *TO_TABLE, "--output_dir", url)
     assert run_cli(*command, "--data.limit", "5").code == 0
     ran = run_cli(*command)
