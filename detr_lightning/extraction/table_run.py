@@ -143,9 +143,8 @@ class TableRun(PlannedRun):
             sweep(self._folder)
             for journal in (self._folder / STATE).glob("rank-*.jsonl"):
                 journal.unlink()
-        if not object_store.exists(self.output_dir):
-            found = Table.create(self.output_dir, self._schema)
-        else:
+        found = None if object_store.exists(self.output_dir) else self._create()
+        if found is None:
             found = Table(self.output_dir)
             if self.if_exists == "overwrite":
                 found.empty(self._schema)
@@ -159,6 +158,15 @@ class TableRun(PlannedRun):
         num_planned = len(self.finished.keys() | self.images.keys())
         begun = datetime.now(timezone.utc).isoformat()
         found.configure({_RUN + self.token: begun, PLANNED: str(num_planned)})
+
+    def _create(self) -> Table | None:
+        """Return a new table, or None where another run has made it meanwhile."""
+        try:
+            return Table.create(self.output_dir, self._schema)
+        except OSError:
+            if object_store.exists(self.output_dir):
+                return None
+            raise
 
     def join(self, rank: int) -> None:
         """Start this rank."""

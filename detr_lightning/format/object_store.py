@@ -99,8 +99,16 @@ def explained(uri: str) -> Iterator[None]:
         if isinstance(error, InputError | FileNotFoundError):
             raise
         reason = str(error).partition(", /home")[0].strip().splitlines()[0]
-        advice = "Check the address and the credentials in the environment." if is_url(uri) else _local_advice(reason)
+        advice = (_remote_advice if is_url(uri) else _local_advice)(reason)
         raise OSError(f"{uri}: {reason}. {advice}") from error
+
+
+def _remote_advice(reason: str) -> str:
+    if "Not Implemented" in reason or "NotImplemented" in reason:
+        return "A table needs conditional writes (PUT with If-None-Match), which this object store does not have."
+    if "concurrent transaction" in reason:
+        return "Another command writes to this table. Run the same command again when it has ended."
+    return "Check the address and the credentials in the environment."
 
 
 def _local_advice(reason: str) -> str:

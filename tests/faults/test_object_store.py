@@ -62,6 +62,7 @@ def test_a_killed_run_goes_on(job: Job, bucket: Bucket, kills: int) -> None:
     assert_whole(job, url)
 
 
+@pytest.mark.endurance
 def test_a_commit_whose_answer_was_lost_adds_no_image_twice(job: Job, bucket: Bucket) -> None:
     turns = iter(range(1_000_000))
 
@@ -75,9 +76,9 @@ def test_a_commit_whose_answer_was_lost_adds_no_image_twice(job: Job, bucket: Bu
     assert_whole(job, f"{bucket.url}/out")
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(8, marks=pytest.mark.endurance)])
-def test_two_commands_at_once_leave_each_image_once(job: Job, bucket: Bucket, times: int) -> None:
-    for number in range(times):
+@pytest.mark.endurance
+def test_two_commands_at_once_leave_each_image_once(job: Job, bucket: Bucket) -> None:
+    for number in range(5):
         url = f"{bucket.url}/out{number}"
         options = (*TO_TABLE, "--output_dir", url)
         both = [job.start(*options, patch=slow(0.05 * (1 + rank)), **bucket.environment) for rank in range(2)]

@@ -73,3 +73,17 @@ def test_the_table_of_another_program_is_refused(tmp_path: Path) -> None:
     object_store.lance.write_dataset(object_store.pa.table({"x": [1]}), object_store.table_uri(tmp_path))
     with pytest.raises(InputError, match="another program's Lance dataset"):
         table.Table(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "reason", "advice"),
+    [
+        ("s3://bucket/out", "status 501 Not Implemented: If-None-Match", "needs conditional writes"),
+        ("s3://bucket/out", "incompatible with concurrent transaction UpdateConfig", "Run the same command again"),
+        ("s3://bucket/out", "403 Forbidden", "Check the address and the credentials"),
+        ("out", "No space left on device", "Free some space"),
+    ],
+)
+def test_errors_of_lance_come_with_advice(place: str, reason: str, advice: str) -> None:
+    with pytest.raises(OSError, match=advice), object_store.explained(place):
+        raise OSError(reason)
