@@ -143,9 +143,10 @@ def _schema(reader: ObjectReader) -> pa.Schema:
 
 def describe(store: EmbeddingStore, reader: ObjectReader | None = None) -> dict[str, Any]:
     """Return where a table's objects come from, as its file records it: the store, and how its objects were read."""
+    model = store.metadata_file.model
     source: dict[str, Any] = {
         "folder": store.location,
-        "model_sha256": store.metadata.get("model", {}).get("sha256"),
+        "model_sha256": model and model.sha256,
         "images": len(store),
         "written": None if store.folder is None else (store.folder / METADATA).stat().st_mtime_ns,
     }

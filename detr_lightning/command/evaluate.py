@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
         table.add_row(name, f"{value:.3f}")
     out = Console()
     out.print(table)
-    if failed := store.metadata.get("failed"):
+    if failed := store.metadata_file.failed():
         out.print(f"Without {count(len(failed), 'image')} that could not be read at the extraction.")
     if options.output:
         path = Path(options.output).expanduser()

@@ -15,7 +15,7 @@ from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.files import json_is_unchanged
 from detr_lightning.format.names import ID_DIGITS, MAX_ID, METADATA, RUN, STATE
-from detr_lightning.format.schema import RunRecord, RunSettings, parse_categories
+from detr_lightning.format.schema import FILES, ModelRecord, RunRecord, RunSettings, parse_categories
 
 _REQUIRED = ("image_ids", "num_images", "extract_type", "embedding_keys", "images")
 """Without these fields a `metadata.json` cannot be read."""
@@ -137,6 +137,21 @@ class MetadataFile:
         """The score that a query needed to be kept, or None where all were kept."""
         value = self._header.get("min_score")
         return float(value) if isinstance(value, int | float) else None
+
+    @property
+    def layout(self) -> str:
+        """The layout of the output: one of `LAYOUTS`."""
+        return str(self._header.get("layout", FILES))
+
+    @property
+    def model(self) -> ModelRecord | None:
+        """The model, or None where it is not recorded.
+
+        Raises:
+            InputError: The record is incomplete.
+        """
+        content = self._header.get("model")
+        return None if content is None else ModelRecord.from_json(content)
 
     @property
     def run(self) -> RunRecord:

@@ -163,13 +163,14 @@ def _write_safetensors(
 ) -> None:
     from safetensors.torch import save
 
+    model = store.metadata_file.model
     metadata = {
         "image_ids": "the image id of each row",
         "key": key,
         "shape": json.dumps(list(stacked.shape[1:])),
         "pool": pool or "none",
         "source": store.location,
-        "model": json.dumps({name: store.metadata.get("model", {}).get(name) for name in ("weights", "sha256")}),
+        "model": json.dumps({"weights": model and model.weights, "sha256": model and model.sha256}),
     }
     data = save({"image_ids": torch.tensor(ids, dtype=torch.int64), key: stacked}, metadata)
     with replacing(path, len(data)) as file:

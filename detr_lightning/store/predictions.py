@@ -9,7 +9,6 @@ from torch import Tensor
 from detr_lightning.detections import Detections, best_detections, detect, to_coco_ids
 from detr_lightning.errors import SettingError
 from detr_lightning.format.keys import Size
-from detr_lightning.format.schema import ModelRecord
 from detr_lightning.store.store import EmbeddingStore
 
 
@@ -33,8 +32,7 @@ class Predictions:
                 "Give a threshold that is not lower, or extract into another folder with a lower writer.min_score."
             )
         self.store = store
-        content = store.metadata.get("model")
-        model = None if content is None else ModelRecord.from_json(content)
+        model = store.metadata_file.model
         self.scoring = model.scoring if model else "softmax"
         self._ids = model.category_ids if model else None
         ids = [index if number is None else number for index, number in enumerate(self._ids or ())]

@@ -74,7 +74,7 @@ class EmbeddingStore(Mapping[int, dict[str, Tensor]]):
     @property
     def is_table(self) -> bool:
         """Whether the store is a Lance table, rather than one file per image or memory."""
-        return self.metadata.get("layout") == LANCE
+        return self.metadata_file.layout == LANCE
 
     @property
     def is_partial(self) -> bool:
