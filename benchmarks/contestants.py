@@ -79,7 +79,9 @@ class Ours:
 
     def job(self, folder: Path, output: Path, batch_size: int | None = None, **settings: Any) -> float:
         """Extract a folder; return the seconds from the first batch to the metadata."""
-        writer_settings = {key: settings.pop(key) for key in ("dtype", "threads") if key in settings}
+        writer_settings = {
+            key: settings.pop(key) for key in ("dtype", "threads", "layout", "min_score") if key in settings
+        }
         clock = Clock()
         with quiet_lightning():
             # Callbacks end in order: the writer has written all when the clock stops.

@@ -2,6 +2,7 @@
 
     python benchmarks/run.py                       the model alone, the whole job, the stages, the machine's limit
     python benchmarks/run.py --official CHECKOUT   with the official code (a checkout of facebookresearch/detr)
+    python benchmarks/run.py idle                  the share of a run without the model, for other keys and layouts
     python benchmarks/run.py startup               CPU time from the command to the first image
     python benchmarks/run.py scaling               images/s and memory against images, batch size, workers, threads
     python benchmarks/run.py compile               torch.compile against the default
@@ -188,14 +189,39 @@ def model_stages(dtype: str, turns: int) -> dict[str, float]:
         return medians({name: partial(timed, run) for name, run in parts.items()}, turns)
 
 
-def model_idle(dtype: str, folder: Path, options: argparse.Namespace) -> float:
+def idle(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure how much of a run the model is not running, for what is kept and for each layout."""
+    objects = {"keys": ("query_embeddings", "pred_logits", "pred_boxes")}
+    jobs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "decoder keys, a file per image": ({}, {}),
+        "objects.yaml": (objects, {"min_score": 0.5}),
+        "decoder keys, a Lance table": ({}, {"layout": "lance"}),
+    }
+    shares = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        make_images(Path(temporary), options.images)
+        for name, (model, writer) in jobs.items():
+            for dtype in options.precision:
+                share = model_idle(dtype, Path(temporary), options, model, writer)
+                shares[f"{name}, {dtype}"] = share
+                CONSOLE.print(f"Share of the whole job in which the model is not running, {name}, {dtype}: {share:.1%}")
+    return {"model_idle": shares}
+
+
+def model_idle(
+    dtype: str,
+    folder: Path,
+    options: argparse.Namespace,
+    model: dict[str, Any] | None = None,
+    writer: dict[str, Any] | None = None,
+) -> float:
     """Return the share of a job in which the model is not running: its time against the model's alone, in turn."""
     shares = []
-    with Contestant("ours", dtype) as ours:
+    with Contestant("ours", dtype, **(model or {})) as ours:
         for _ in range(options.job_runs + 1):
             alone = sum(ours.forward() for _ in range(options.images))
             with tempfile.TemporaryDirectory() as output:
-                job = ours.job(folder=folder, output=Path(output) / "out")
+                job = ours.job(folder=folder, output=Path(output) / "out", **(writer or {}))
             alone = (alone + sum(ours.forward() for _ in range(options.images))) / 2
             shares.append(1 - alone / job)
     return statistics.median(shares[1:])
@@ -380,6 +406,7 @@ MODES: dict[str, list[Callable[[argparse.Namespace], dict[str, Any]]]] = {
     "model": [model_alone],
     "job": [whole_job],
     "stages": [stages],
+    "idle": [idle],
     "startup": [startup],
     "scaling": [scaling],
     "compile": [compiled],
