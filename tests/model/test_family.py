@@ -14,11 +14,12 @@ import pytest
 import torch
 from family_reference import LABELS, MODELS, SQUARE, build, reference_outputs, save
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from detr_lightning import DETRExtractor
 from detr_lightning.format.keys import KEYS, shape_of
 from detr_lightning.model import checkpoints
+from detr_lightning.model.detr.transformer import Linear
 from detr_lightning.model.family import MODEL_TYPES
 from detr_lightning.model.labels import coco_names
 
@@ -133,6 +134,14 @@ def test_encoder_layers_and_attention(family: Any, model_type: str) -> None:
     assert error(out["query_embeddings"], again["query_embeddings"]) < 1e-6
     if "cross_attention" in on_request:
         torch.testing.assert_close(out["cross_attention"].sum(-1), torch.ones(out["cross_attention"].shape[:-1]))
+
+
+def test_every_linear_layer_runs_through_onednn_at_inference(folder: Path) -> None:
+    layers = [
+        layer for layer in checkpoints.load(str(folder)).model.for_inference().modules() if isinstance(layer, nn.Linear)
+    ]
+    assert len(layers) > 10
+    assert {type(layer) for layer in layers} <= {Linear, nn.modules.linear.NonDynamicallyQuantizableLinear}
 
 
 def test_keys_that_a_model_lacks_are_refused(folder: Path) -> None:
