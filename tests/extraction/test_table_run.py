@@ -15,7 +15,9 @@ from ran import RunCLI
 lance = pytest.importorskip("lance", reason="pylance, of the extra lance, is not installed")
 
 from detr_lightning import EmbeddingStore  # noqa: E402
+from detr_lightning.extraction.table_run import TableRun  # noqa: E402
 from detr_lightning.extractor import DETRExtractor  # noqa: E402
+from detr_lightning.format import object_store as store_access  # noqa: E402
 from detr_lightning.format.table import Table  # noqa: E402
 from detr_lightning.store.verify import verify  # noqa: E402
 
@@ -219,3 +221,17 @@ def test_an_object_store(run_cli: RunCLI, images: Coco, files: EmbeddingStore, b
     missing = run_cli("verify", "s3://nowhere/out")
     assert missing.code == 1
     assert "s3://nowhere/out" in missing.err
+
+
+def test_a_table_that_another_run_makes_meanwhile_is_joined(
+    run_cli: RunCLI, images: Coco, files: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("predict", *images.data, *ALL, *TO_TABLE, "--output_dir", tmp_path / "out")
+    assert run_cli(*command, "--data.limit", "3").code == 0
+    real, asked = store_access.exists, iter(range(1000))
+    # When the run plans and when it begins there is no table yet; from then on there is.
+    monkeypatch.setattr(store_access, "exists", lambda place: next(asked) >= 2 and real(place))
+    monkeypatch.setattr(TableRun, "_refuse_files", lambda self: None)
+    ran = run_cli(*command)
+    assert ran.code == 0, ran.err
+    assert_equal(EmbeddingStore(tmp_path / "out"), files)
