@@ -1,4 +1,4 @@
-"""How boxes overlap, which detection gets which annotated object, and why another gets none."""
+"""Overlaps of boxes; the detection that gets an annotated object, and the reason why another gets none."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from detr_lightning.store.store import EmbeddingStore
 CORNERS = ["x1", "y1", "x2", "y2"]
 COLUMNS = ["image_id", "file_name", "query", "category_id", "category", "score", *CORNERS, "bbox", "area_class"]
 _BLOCK = 64
-"""How many images are read at a time."""
+"""The images that are read at a time."""
 
 Columns = dict[str, np.ndarray]
 """The columns of some rows by name: `[N]`, or `[N, 4]` for `bbox` and `[N, d]` for `embedding`."""

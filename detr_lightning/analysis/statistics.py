@@ -21,7 +21,7 @@ except ImportError as missing:
     raise MissingPackageError("Statistics need pandas: pip install 'detr-lightning[analysis]'.") from missing
 
 _CELLS = 10_000_000
-"""How many numbers a block of draws or of similarities holds at most."""
+"""The most numbers in a block of draws or of similarities."""
 
 
 class GroupMeans(NamedTuple):

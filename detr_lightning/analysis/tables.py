@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ROWS = 8192
-"""How many rows a row group holds: about 10 MB with vectors of 256 numbers."""
+"""The rows of a row group: about 10 MB with vectors of 256 numbers."""
 
 _TEXTS = ["file_name", "category", "area_class", "outcome", "annotated_category"]
 

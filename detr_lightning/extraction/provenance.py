@@ -1,4 +1,4 @@
-"""How embeddings are made: what their metadata tells besides the images."""
+"""The provenance of embeddings: all that their metadata records besides the images."""
 
 from __future__ import annotations
 

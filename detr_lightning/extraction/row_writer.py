@@ -13,7 +13,7 @@ BUFFER = 64 * 2**20
 """Bytes of tensors that wait in memory before they are written to a fragment."""
 
 TRIES = 5
-"""How often a commit is tried."""
+"""The most attempts at a commit."""
 
 
 class RowWriter:

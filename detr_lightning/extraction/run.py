@@ -40,7 +40,7 @@ from detr_lightning.format.state import read_entries, run_to_json, token_of
 from detr_lightning.parallel import track
 
 IF_EXISTS = ("resume", "overwrite", "error")
-"""What `writer.if_exists` may be."""
+"""The values of `writer.if_exists`."""
 
 
 class ExtractionRun(PlannedRun):

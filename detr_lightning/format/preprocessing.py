@@ -1,4 +1,4 @@
-"""How an image becomes a model's input: its size, and what happens to its pixels."""
+"""The way from an image to a model's input: its size and its pixels."""
 
 from __future__ import annotations
 

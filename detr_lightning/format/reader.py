@@ -27,7 +27,7 @@ from detr_lightning.format.files import same_bytes
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where files of one kind hold a tensor."""
+    """The place of a tensor in files of one kind."""
 
     header_at: int
     header: bytes

@@ -33,7 +33,7 @@ __all__ = ["OFFICIAL", "RANDOM", "Checkpoint", "load"]
 
 RANDOM = "random"
 SEED = 0
-"""What `random` weights are drawn from."""
+"""The seed of `random` weights."""
 
 BODY = "backbone.0.body."
 ENCODER = "transformer.encoder.layers."

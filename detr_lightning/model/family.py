@@ -21,7 +21,7 @@ from detr_lightning.model.unused_layers import drop_unused_layers
 
 @dataclass(frozen=True)
 class ModelType:
-    """What differs between the models.
+    """The differences between the models.
 
     Attributes:
         scoring: `softmax`, where the last logit is "no object", or `sigmoid`.
@@ -120,7 +120,7 @@ class FamilyDetector(nn.Module):
 
     @property
     def kind(self) -> ModelType:
-        """What is known of the model's type."""
+        """The properties of the model's type."""
         return MODEL_TYPES[self.model.config.model_type]
 
     @cached_property
@@ -227,7 +227,7 @@ class FamilyDetector(nn.Module):
 
 
 class _Seen:
-    """What passed through a model's parts."""
+    """The tensors that passed through a model's parts."""
 
     def __init__(self) -> None:
         self.backbone: list[Tensor] = []

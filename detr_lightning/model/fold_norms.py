@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 FROZEN_EPS = 1e-5
-"""What frozen norms without an `eps` of their own add to the variance, as in the official DETR."""
+"""Added to the variance by frozen norms without an `eps` of their own, as in the official DETR."""
 
 
 def fold_norms(model: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ HUGGING_FACE_MARK = "query_position_embeddings.weight"
 """A tensor that every DETR has, in each of the two layouts; whatever precedes it is a prefix."""
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:(?:_orig_mod|module)\.)+")
-"""What `torch.compile` and parallel wrappers put into names."""
+"""Prefixes that `torch.compile` and parallel wrappers put into names."""
 
 KINDS = {
     r"lora_[AB]\.": "a LoRA adapter without its base model; merge the two and save the result",

@@ -61,7 +61,7 @@ class Predictions:
 
 
 class CategoryCount(NamedTuple):
-    """How often a category was detected, and how surely."""
+    """The number of detections of a category, and their mean score."""
 
     name: str
     objects: int

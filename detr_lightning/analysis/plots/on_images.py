@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 8
-"""How wide a picture of one image is, in inches."""
+"""The width of a picture of one image, in inches."""
 
 
 def detections(

@@ -1,4 +1,4 @@
-"""What the pictures have in common: colours, inks, and the embeddings of a table."""
+"""The common parts of the pictures: colours, inks, and the embeddings of a table."""
 
 from __future__ import annotations
 

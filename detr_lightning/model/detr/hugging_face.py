@@ -18,7 +18,7 @@ from detr_lightning.model.labels import names_of_config
 from detr_lightning.model.weight_files import read_pickled
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Where a folder may keep its weights, in order of preference."""
+"""The files in which a folder may keep its weights, in order of preference."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 """`organisation/name`, or `organisation/name@revision`."""

@@ -42,7 +42,7 @@ class Official:
 
     @property
     def known(self) -> dict[str, Any]:
-        """What its tensors do not tell; all have 8 heads."""
+        """The settings that its tensors do not show; all have 8 heads."""
         return {"nheads": 8, "dilation": self.dilation}
 
     @property
@@ -56,12 +56,12 @@ class Official:
 
     @property
     def url(self) -> str:
-        """Where it is published."""
+        """The address where it is published."""
         return BASE_URL + self.file
 
     @property
     def path(self) -> Path:
-        """Where torch's hub cache has it, once it is downloaded."""
+        """The path in torch's hub cache, once it is downloaded."""
         return Path(torch.hub.get_dir(), "checkpoints", self.file)
 
     def cached_sha256(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Where each feature is: the encodings that DETR adds to queries and keys."""
+"""The position encodings that DETR adds to queries and keys."""
 
 from __future__ import annotations
 
