@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.files import json_is_unchanged
+from detr_lightning.format.image_lines import ImageLines
 from detr_lightning.format.names import ID_DIGITS, MAX_ID, METADATA, RUN, STATE
 from detr_lightning.format.schema import FILES, ModelRecord, RunRecord, RunSettings, parse_categories
 
 _REQUIRED = ("image_ids", "num_images", "extract_type", "embedding_keys", "images")
 """Without these fields a `metadata.json` cannot be read."""
-
 
 AGAIN = (
     "Run the same command again to finish it. EmbeddingStore(folder, partial=True) reads what is there so far, and "
@@ -51,8 +48,8 @@ class MetadataFile:
     def __init__(self, path: Path, data: bytes | None = None) -> None:
         self.path = path
         self._data = path.read_bytes() if data is None else data
-        self._lines: _Lines | None = None
-        if lines := _Lines.of(self._data):
+        self._lines: ImageLines | None = None
+        if lines := ImageLines.of(self._data):
             header = self._parse(self._data[: lines.begin] + self._data[lines.end :], whole=False)
             if lines.count == len(header["image_ids"]):
                 self._header, self._lines = header, lines
@@ -211,53 +208,6 @@ class MetadataFile:
     def _list(self, name: str) -> list[Any]:
         value = self._header.get(name)
         return value if isinstance(value, list) else []
-
-
-class _Lines:
-    """The entries of the images in a file that this program wrote: a line each.
-
-    Attributes:
-        begin: Where their lines begin in the file.
-        end: Where the last one ends.
-        count: Their number.
-    """
-
-    _BEFORE = b'\n  "images": ['
-    _AFTER = b"\n  ],"
-
-    def __init__(self, data: bytes, begin: int, end: int) -> None:
-        self._data, self.begin, self.end = data, begin, end
-        self.count = data.count(b"\n", begin, end)
-
-    @classmethod
-    def of(cls, data: bytes) -> _Lines | None:
-        """Return the lines of a file, or None where it has another form. No string in JSON holds a line's end."""
-        begin = data.find(cls._BEFORE)
-        end = data.find(cls._AFTER, begin)
-        if not data.startswith(b'{\n  "image_ids": [') or begin < 0 or end < 0:
-            return None
-        return cls(data, begin + len(cls._BEFORE), end)
-
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        block = np.frombuffer(self._data, np.uint8, self.end - self.begin, self.begin)
-        return np.append(np.flatnonzero(block == ord("\n")) + self.begin, self.end)
-
-    def __getitem__(self, position: int) -> Any:
-        line = self._data[self._starts[position] : self._starts[position + 1]].strip().removesuffix(b",")
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"line {position} of its images is not JSON ({error})") from error
-
-    def __iter__(self) -> Iterator[Any]:
-        begin = self.begin + 1
-        while begin < self.end:
-            end = self._data.find(b"\n", begin, self.end)
-            end = self.end if end < 0 else end
-            with contextlib.suppress(ValueError, RecursionError):
-                yield json.loads(self._data[begin:end].strip().removesuffix(b",").decode())
-            begin = end + 1
 
 
 def read_metadata(folder: Path, *, unfinished: bool = False) -> MetadataFile:

@@ -13,10 +13,7 @@ from ran import RunCLI
 
 from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage
-from detr_lightning.format.files import write_json
 from detr_lightning.format.keys import FeatureSizes, ModelShape, shape_of
-from detr_lightning.format.metadata import read_metadata
-from detr_lightning.format.names import METADATA
 from detr_lightning.format.schema import Metadata, ModelRecord, RunRecord, RunSettings
 from detr_lightning.store import EmbeddingStore
 from detr_lightning.store.verify import verify
@@ -193,46 +190,3 @@ def test_an_unfinished_folder_of_an_earlier_release(run_cli: RunCLI, tmp_path: P
     expected = EmbeddingStore(FIXTURES / "finished_0_1_0")
     for key in store.embedding_keys:
         assert store.stack(key)[1].float() == pytest.approx(expected.stack(key)[1].float(), abs=2e-2)
-
-
-def test_a_large_metadata_file_opens_without_its_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RunRecord(extract_type="decoder", settings=SETTINGS)
-    images = [replace(SINGLE, image_id=i, file_name=f'{i}",\n  ],\n.jpg') for i in range(1, 40)]
-    failed = [SkippedImage(100, "b.jpg", "empty file")]
-    write_json(tmp_path / METADATA, Metadata(run=run, images=images, failed=failed).to_json(), checksum=True)
-    with monkeypatch.context() as patch:
-        patch.setattr("detr_lightning.format.metadata.ImageEntry.from_json", None)
-        metadata = read_metadata(tmp_path)
-        assert metadata.image_ids == list(range(1, 40))
-        assert metadata.settings == SETTINGS
-        assert metadata.failed() == failed
-        assert not metadata.changed
-        assert "content" not in vars(metadata)
-    assert metadata.entry(39) == images[-1]
-    assert [entry["id"] for entry in metadata.entries()] == [*range(1, 40), 100]
-    assert "content" not in vars(metadata)
-    assert metadata.content["images"] == json.loads((tmp_path / METADATA).read_bytes())["images"]
-
-
-@pytest.mark.parametrize("form", [None, 2])
-def test_metadata_in_another_form_reads_the_same(tmp_path: Path, form: int | None) -> None:
-    run = RunRecord(extract_type="decoder", settings=SETTINGS)
-    images = [replace(SINGLE, image_id=i) for i in (1, 2)]
-    content = Metadata(run=run, images=images).to_json()
-    (tmp_path / METADATA).write_text(json.dumps(content, indent=form))
-    metadata = read_metadata(tmp_path)
-    assert [metadata.entry(i) for i in metadata.image_ids] == images
-    assert [ImageEntry.from_json(entry) for entry in metadata.entries()] == images
-
-
-def test_entries_in_another_order_than_the_ids_are_refused(tmp_path: Path) -> None:
-    run = RunRecord(extract_type="decoder", settings=SETTINGS)
-    images = [replace(SINGLE, image_id=i) for i in (1, 2)]
-    content = {**Metadata(run=run, images=images).to_json(), "image_ids": [2, 1]}
-    write_json(tmp_path / METADATA, content)
-    with pytest.raises(InputError, match="its entry is that of image 2"):
-        read_metadata(tmp_path).entry(1)
-    content["image_ids"] = [1]
-    write_json(tmp_path / METADATA, content)
-    with pytest.raises(InputError, match="does not list the images of image_ids"):
-        read_metadata(tmp_path)
