@@ -122,6 +122,11 @@ def make_store(
     return EmbeddingStore(folder)
 
 
+def plain(store: EmbeddingStore, image_id: int) -> dict[str, torch.Tensor]:
+    """What a user reads without this package."""
+    return torch.load(store.folder / f"embedding_{image_id:012d}.pt")
+
+
 def edit_metadata(folder: Path, **changes: Any) -> None:
     """Change keys of a folder's metadata, which then has no checksum; None removes one."""
     path = folder / names.METADATA

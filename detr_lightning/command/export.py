@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from detr_lightning.store.dataset import POOLS
+from detr_lightning.store.stack import POOLS
 from detr_lightning.store.store import EmbeddingStore
 
 FORMATS = ("npy", "parquet", "safetensors", "coco")

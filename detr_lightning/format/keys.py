@@ -140,6 +140,11 @@ class FeatureSizes:
         """The positions of all levels, `sum(H*W)`."""
         return sum(height * width for height, width in self.levels)
 
+    def fold(self, tensor: torch.Tensor, level: int) -> torch.Tensor:
+        """Return one level of a tensor `[..., places]` as a map `[..., H, W]`."""
+        part: torch.Tensor = tensor.split([height * width for height, width in self.levels], dim=-1)[level]
+        return part.reshape(*part.shape[:-1], *self.levels[level])
+
 
 def shape_of(key: str, model: ModelShape, features: FeatureSizes, num_queries: int | None = None) -> tuple[int, ...]:
     """Return the shape of one image's tensor.

@@ -1,4 +1,4 @@
-"""One key of a store as a `torch.utils.data.Dataset`, and the pooling that it shares with `EmbeddingStore.stack`."""
+"""One key of a store as a `torch.utils.data.Dataset`."""
 
 from __future__ import annotations
 
@@ -9,32 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detr_lightning.errors import SettingError
+from detr_lightning.store.stack import pooled
 from detr_lightning.store.tensors import Tensors
-
-POOLED_AXES: dict[str, tuple[int, ...]] = {
-    "backbone_features": (1, 2),  # [C, H, W] -> [C]
-    "encoder_output": (0,),  # [H*W, d] -> [d]
-    "decoder_output": (1,),  # [L, Q, d] -> [L, d]
-    "query_embeddings": (0,),  # [Q, d] -> [d]
-    "encoder_layers": (1,),  # [L, H*W, d] -> [L, d]
-}
-"""The axes that pooling removes: places of the image, or object queries. Layers and features stay."""
-
-POOLS = ("mean", "max")
-
-
-def pooled(tensor: Tensor, key: str, pool: str | None) -> Tensor:
-    """Return an image's tensor with its places or queries reduced to one, in float32; unchanged without `pool`."""
-    if pool is None:
-        return tensor
-    axes = POOLED_AXES[key]
-    if not all(tensor.shape[axis] for axis in axes):
-        raise SettingError(
-            f"an image has no kept queries, so its {key} cannot be pooled. "
-            "Choose images that have some: [i for i in store if store.entry(i).num_queries]."
-        )
-    return tensor.float().mean(axes) if pool == "mean" else tensor.float().amax(axes)
 
 
 class EmbeddingDataset(Dataset[tuple[Tensor, Any]]):

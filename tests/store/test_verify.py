@@ -167,14 +167,6 @@ def test_bad_folders_are_one_message(command: str, tmp_path: Path, capsys: pytes
         assert "Traceback" not in error
 
 
-def test_the_summary(store: EmbeddingStore, capsys: pytest.CaptureFixture[str]) -> None:
-    edit_metadata(store.folder, failed=[{"id": 99, "file_name": "b[a]d.jpg", "reason": "truncated"}])
-    assert main(["summary", str(store.folder)]) == 0
-    text = capsys.readouterr().out
-    for part in ("images", "decoder_output", "[3, 10, 16]", "[80, 16]", "random", "32-true", "b[a]d.jpg: truncated"):
-        assert part in text
-
-
 def test_exchanged_contents_are_found(store: EmbeddingStore) -> None:
     first, other = store.path(7), store.path(27)  # of one size
     contents = first.read_bytes(), other.read_bytes()
