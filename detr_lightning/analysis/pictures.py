@@ -29,16 +29,20 @@ def read_picture(store: EmbeddingStore, image: str | os.PathLike[str] | Image.Im
     return read_rgb(image, store.metadata_file.settings.preprocessing.get("exif", "ignore"))
 
 
-def square_around(picture: Image.Image, x1: float, y1: float, x2: float, y2: float) -> Image.Image:
-    """Return the square around a box, moved into the image as long as it fits; grey where it does not."""
+def square_of(size: tuple[int, int], x1: float, y1: float, x2: float, y2: float) -> tuple[int, int, int]:
+    """Return left, top and side of the square around a box, moved into an image of this width and height if it fits."""
+    width, height = size
     half = max(0.6 * max(x2 - x1, y2 - y1), 4)
-    width, height = picture.size
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
     x = min(max(x, half), width - half) if 2 * half <= width else width / 2
     y = min(max(y, half), height - half) if 2 * half <= height else height / 2
-    side = max(round(2 * half), 1)
-    left, top = round(x - half), round(y - half)
+    return round(x - half), round(y - half), max(round(2 * half), 1)
+
+
+def square_around(picture: Image.Image, x1: float, y1: float, x2: float, y2: float) -> Image.Image:
+    """Return the square around a box; grey where it leaves the image."""
+    left, top, side = square_of(picture.size, x1, y1, x2, y2)
     square = Image.new("RGB", (side, side), "#e8e8e8")
-    visible = (max(left, 0), max(top, 0), min(left + side, width), min(top + side, height))
+    visible = (max(left, 0), max(top, 0), min(left + side, picture.width), min(top + side, picture.height))
     square.paste(picture.crop(visible), (visible[0] - left, visible[1] - top))
     return square

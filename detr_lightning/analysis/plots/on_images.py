@@ -1,17 +1,16 @@
-"""Pictures drawn on the images: detections, attention, nearest neighbours."""
+"""Pictures drawn on an image: detections, attention."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from detr_lightning.analysis.pictures import open_picture
-from detr_lightning.analysis.plots.style import INK, Figure, color_of, ink_on
-from detr_lightning.analysis.vectors import embeddings_of, unit
+from detr_lightning.analysis.plots.style import INK, Figure, color_of, draw_box, ink_on
 from detr_lightning.store.store import EmbeddingStore
 
 # Below style, which says what to install where matplotlib is missing.
@@ -60,7 +59,7 @@ def detections(
     area = (table["x2"] - table["x1"]) * (table["y2"] - table["y1"])
     ordered = table.loc[area.sort_values(ascending=False).index]
     for row in ordered.itertuples():
-        _box(axes, row, color_of(row.category_id))
+        draw_box(axes, row, color_of(row.category_id))
     _label(axes, ordered, width, height, label_scale)
     return figure
 
@@ -114,104 +113,12 @@ def attention(
         heat = (weights / weights.max().clamp(min=1e-12)).sqrt().numpy()  # The root shows weak attention too.
         _show(axes, gray)
         axes.imshow(heat, cmap="inferno", alpha=0.15 + 0.7 * heat, vmin=0, vmax=1)
-        _box(axes, row, "black", linewidth=3)
-        _box(axes, row, "white", linewidth=1.4)
+        draw_box(axes, row, "black", linewidth=3)
+        draw_box(axes, row, "white", linewidth=1.4)
         axes.set_title(f"query {row.query}: {row.category} {row.score:.2f}", fontsize=11, color=INK)
     for axes in panels:
         axes.set_axis_off()
     return figure
-
-
-def neighbours(
-    store: EmbeddingStore,
-    table: pd.DataFrame,
-    index: int | Sequence[int] = 0,
-    *,
-    k: int = 6,
-    image_dir: str | os.PathLike[str] | None = None,
-    other_images: bool = True,
-) -> Figure:
-    """Draw objects and, right of each, the `k` objects with the most similar embeddings (cosine).
-
-    Args:
-        store: Where the images are known.
-        table: Rows of `detr_lightning.analysis.objects.objects`, or the found ones of `match`.
-        index: Which rows of the table to start from, by position; each gets a line of the picture.
-        k: How many neighbours.
-        image_dir: Where the images are now; by default where they were when they were extracted.
-        other_images: Leave out neighbours from the object's own image.
-
-    Raises:
-        FileNotFoundError: An image is not there.
-        ValueError: The table has no embeddings, no such row, or too few objects.
-    """
-    starts = [index] if isinstance(index, int) else list(index)
-    vectors = unit(embeddings_of(table))
-    if outside := [start for start in starts if not -len(table) <= start < len(table)]:
-        raise SettingError(f"there is no row {outside[0]}; the table has {len(table)} rows.")
-    image_ids = table["image_id"].to_numpy()
-    figure = Figure(figsize=(1.55 * (k + 1), 1.85 * len(starts)), layout="constrained")
-    panels = figure.subplots(len(starts), k + 1, squeeze=False)
-    for line, start in enumerate(starts):
-        similarity = vectors @ vectors[start]
-        similarity[start] = -np.inf
-        if other_images:
-            similarity[image_ids == image_ids[start]] = -np.inf
-        nearest = [other for other in np.argsort(-similarity)[:k] if np.isfinite(similarity[other])]
-        if not nearest:
-            raise SettingError(
-                "the table has no other object to compare with; lower the threshold or take more images."
-            )
-        for axes, position in zip(panels[line], [start, *nearest], strict=False):
-            row = table.iloc[position]
-            first = position == start
-            text = row["category"] if first else f"{row['category']} {similarity[position]:.2f}"
-            _result(axes, _picture(store, row["image_id"], image_dir), row, text, first)
-        for axes in panels[line][len(nearest) + 1 :]:
-            axes.set_axis_off()
-    return figure
-
-
-def search_results(
-    store: EmbeddingStore,
-    queries: pd.DataFrame,
-    found: pd.DataFrame,
-    picture: np.ndarray,
-    image_dir: str | os.PathLike[str] | None = None,
-) -> Figure:
-    """Draw a contact sheet: each object that was searched with and, right of it, what was found, with cosines.
-
-    Args:
-        store: Where the images of the found objects are known.
-        queries: The objects of one image, such as `query_objects` returns them.
-        found: What `ObjectSearch.search` returned for their embeddings.
-        picture: `[H, W, 3]`, the image of the queries.
-        image_dir: Where the images of the store are now; by default where they were when they were extracted.
-
-    Raises:
-        FileNotFoundError: An image is not there.
-    """
-    columns = int(found["rank"].max()) if len(found) else 0
-    figure = Figure(figsize=(1.55 * (columns + 1), 1.85 * len(queries)), layout="constrained")
-    panels = figure.subplots(len(queries), columns + 1, squeeze=False)
-    for line, (_, query) in zip(panels, queries.iterrows(), strict=True):
-        _result(line[0], picture, query, f"{query['category']} {query['score']:.2f}", first=True)
-    for _, row in found.iterrows():
-        title = f"{row['category']} {row['similarity']:.2f}"
-        axes = panels[row["search"], row["rank"]]
-        _result(axes, _picture(store, row["image_id"], image_dir), row, title, first=False)
-    for axes in panels.flat:
-        if not axes.images:
-            axes.set_axis_off()
-    return figure
-
-
-def _result(axes: Axes, picture: np.ndarray, row: Any, title: str, first: bool) -> None:
-    """Show an object as one of a line: the first, which the others are similar to, stands out."""
-    _tile(axes, picture, row)
-    axes.set_title(title, fontsize=9, color=INK, fontweight="bold" if first else "normal")
-    for spine in axes.spines.values():
-        spine.set(color=INK if first else "#bbbbbb", linewidth=3 if first else 0.8)
 
 
 def _objects(store: EmbeddingStore, image_id: int, threshold: float) -> pd.DataFrame:
@@ -234,30 +141,9 @@ def _picture(store: EmbeddingStore, image_id: int, image_dir: str | os.PathLike[
     return np.asarray(open_picture(store, image_id, image_dir))
 
 
-def _tile(axes: Axes, picture: np.ndarray, row: Any) -> None:
-    """Show the square around an object, with its box; grey where the square leaves the image."""
-    height, width = picture.shape[:2]
-    x, y = (row["x1"] + row["x2"]) / 2, (row["y1"] + row["y2"]) / 2
-    half = max(0.65 * max(row["x2"] - row["x1"], row["y2"] - row["y1"]), 8)
-    # Moved rather than cut off at the image's border, as long as it fits.
-    x = min(max(x, half), width - half) if 2 * half <= width else width / 2
-    y = min(max(y, half), height - half) if 2 * half <= height else height / 2
-    top, left = max(int(y - half), 0), max(int(x - half), 0)
-    part = picture[top : int(y + half) + 1, left : int(x + half) + 1]
-    extent = (left - 0.5, left + part.shape[1] - 0.5, top + part.shape[0] - 0.5, top - 0.5)
-    axes.imshow(part, interpolation="lanczos", extent=extent)
-    _box(axes, row, color_of(row["category_id"]))
-    axes.set(xlim=(x - half, x + half), ylim=(y + half, y - half), xticks=[], yticks=[], facecolor="#e8e8e8")
-
-
 def _show(axes: Axes, picture: np.ndarray) -> None:
     axes.imshow(picture, interpolation="lanczos")
     axes.set_axis_off()
-
-
-def _box(axes: Axes, row: Any, color: Any, linewidth: float = 2.0) -> None:
-    corner, extent = (row.x1, row.y1), (row.x2 - row.x1, row.y2 - row.y1)
-    axes.add_patch(Rectangle(corner, *extent, fill=False, edgecolor=color, linewidth=linewidth))
 
 
 def _label(axes: Axes, table: pd.DataFrame, width: int, height: int, scale: float) -> None:

@@ -1,10 +1,11 @@
-"""The common parts of the pictures: colours, inks, and the embeddings of a table."""
+"""The common parts of the pictures: figures, colours, boxes."""
 
 from __future__ import annotations
 
 import colorsys
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,10 +13,14 @@ from detr_lightning.errors import MissingPackageError
 
 try:
     from matplotlib.figure import Figure as PlainFigure
+    from matplotlib.patches import Rectangle
 except ImportError as missing:
     raise MissingPackageError("Pictures need matplotlib: pip install 'detr-lightning[analysis]'.") from missing
 
-__all__ = ["INK", "Figure", "color_of", "ink_on"]
+__all__ = ["INK", "Figure", "color_of", "draw_box", "ink_on"]
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK = "#222222"
 _HUES = ((0, 0.14, 0.28, 0.42, 0.56, 0.72, 0.86, 1), (0, 0.07, 0.14, 0.33, 0.48, 0.6, 0.77, 1))
@@ -42,3 +47,9 @@ def ink_on(color: Sequence[float] | np.ndarray) -> str:
     """Return the ink that is read best on a colour: by its relative luminance."""
     red, green, blue = color
     return INK if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.25 else "white"
+
+
+def draw_box(axes: Axes, row: Any, color: Any, linewidth: float = 2.0) -> None:
+    """Draw the box of a row with the columns `x1`, `y1`, `x2`, `y2`."""
+    corner, extent = (row.x1, row.y1), (row.x2 - row.x1, row.y2 - row.y1)
+    axes.add_patch(Rectangle(corner, *extent, fill=False, edgecolor=color, linewidth=linewidth))
