@@ -44,13 +44,7 @@ class ImageProgress(ProgressBar):
         self._start(trainer, trainer.predict_dataloaders, "Extracting")
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
         """Count a batch's images."""
         writers = [callback for callback in trainer.callbacks if isinstance(callback, EmbeddingWriter)]  # type: ignore[attr-defined]

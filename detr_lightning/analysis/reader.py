@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import InitVar, dataclass
 from functools import cached_property
 
 import numpy as np
 from torch import Tensor
 
-from detr_lightning.analysis.annotations import COMPARED, GroundTruth, read_ground_truth
+from detr_lightning.analysis.annotations import COMPARED, read_ground_truth
 from detr_lightning.analysis.overlap import area_classes
 from detr_lightning.errors import SettingError
 from detr_lightning.parallel import track
@@ -26,6 +27,7 @@ Columns = dict[str, np.ndarray]
 """The columns of some rows by name: `[N]`, or `[N, 4]` for `bbox` and `[N, d]` for `embedding`."""
 
 
+@dataclass
 class ObjectReader:
     """Reads the objects of a store.
 
@@ -45,33 +47,29 @@ class ObjectReader:
         SettingError: The folder lacks a key, or a setting is out of range.
     """
 
-    def __init__(
-        self,
-        store: EmbeddingStore,
-        threshold: float = 0.7,
-        image_ids: Iterable[int] | None = None,
-        key: str | None = "query_embeddings",
-        layer: int = -1,
-        annotation_file: str | os.PathLike[str] | None = None,
-        iou: float = 0.5,
-    ) -> None:
-        if not 0 <= threshold <= 1:
-            raise SettingError(f"threshold is {threshold}; a score is a probability, from 0 to 1.")
-        if key not in (None, "query_embeddings", "decoder_output"):
-            raise SettingError(f"key is {key!r}; an object has query_embeddings, decoder_output, or None.")
-        if not 0 < iou <= 1:
-            raise SettingError(f"iou is {iou}; an overlap is above 0 and at most 1.")
-        self.predictions = Predictions(store, threshold)
-        store.require(*([key] if key else []))
-        self.store, self.threshold, self.key, self.layer, self.iou = store, threshold, key, layer, iou
+    store: EmbeddingStore
+    threshold: float = 0.7
+    image_ids: InitVar[Iterable[int] | None] = None
+    key: str | None = "query_embeddings"
+    layer: int = -1
+    annotation_file: str | os.PathLike[str] | None = None
+    iou: float = 0.5
+
+    def __post_init__(self, image_ids: Iterable[int] | None) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise SettingError(f"threshold is {self.threshold}; a score is a probability, from 0 to 1.")
+        if self.key not in (None, "query_embeddings", "decoder_output"):
+            raise SettingError(f"key is {self.key!r}; an object has query_embeddings, decoder_output, or None.")
+        if not 0 < self.iou <= 1:
+            raise SettingError(f"iou is {self.iou}; an overlap is above 0 and at most 1.")
+        store, file = self.store, self.annotation_file
+        self.predictions = Predictions(store, self.threshold)
+        store.require(*([self.key] if self.key else []))
         self.ids = [store.entry(image_id).image_id for image_id in (store if image_ids is None else image_ids)]
-        self.annotation_file = annotation_file
-        self.ground_truth: GroundTruth | None = None
-        if annotation_file is not None:
-            self.ground_truth = read_ground_truth(annotation_file, store)
+        self.ground_truth = None if file is None else read_ground_truth(file, store)
         self.best, self.best_image = -1.0, -1
         compared = COMPARED if self.ground_truth else []
-        self.columns = [*COLUMNS, *compared, *(["embedding"] if key else [])]
+        self.columns = [*COLUMNS, *compared, *(["embedding"] if self.key else [])]
 
     def blocks(self, progress: bool | None = None) -> Iterator[Columns]:
         """Yield the columns of some images at a time, and those of no row where there is no image."""

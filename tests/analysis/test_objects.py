@@ -17,16 +17,6 @@ from detr_lightning.store import EmbeddingStore
 
 
 @pytest.fixture
-def content() -> dict[str, Any]:
-    return annotations_of()
-
-
-@pytest.fixture
-def store(tmp_path: Path, content: dict[str, Any]) -> EmbeddingStore:
-    return make_store(tmp_path / "store", content)
-
-
-@pytest.fixture
 def annotation_file(tmp_path: Path, content: dict[str, Any]) -> Path:
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(content))

@@ -16,16 +16,6 @@ from detr_lightning.analysis.overlap import OUTCOMES
 from detr_lightning.store import EmbeddingStore
 
 
-@pytest.fixture
-def content() -> dict[str, Any]:
-    return annotations_of()
-
-
-@pytest.fixture
-def store(tmp_path: Path, content: dict[str, Any]) -> EmbeddingStore:
-    return make_store(tmp_path / "store", content)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> Path:
     path.write_text(json.dumps(content))
     return path

@@ -114,27 +114,31 @@ def test_evaluate_gives_what_validate_gives(run_cli: RunCLI, tmp_path: Path) -> 
     assert shown == {name: f"{value:.3f}" for name, value in numbers.items() if name != "images"}
 
 
+def in_new_process(script: str, *paths: Path) -> str:
+    """Run Python code that knows `folder`, `annotations` and `output`, and return what it printed to stderr."""
+    script = "import sys\nfolder, annotations, output = sys.argv[1:]\n" + script
+    command = [sys.executable, "-c", script, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 def test_the_verbs_need_no_lightning(store: EmbeddingStore, annotations: Path, tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom detr_lightning.command.main import main\n"
-        "folder, annotations, output = sys.argv[1:]\n"
+        "from detr_lightning.command.main import main\n"
         "assert main(['objects', folder, '--annotations', annotations, '--output', output]) == 0\n"
         "assert main(['evaluate', folder, '--annotations', annotations]) == 0\n"
         "sys.exit(' '.join({'lightning', 'torchvision'} & sys.modules.keys()) or None)\n"
     )
-    command = [sys.executable, "-c", script, str(store.folder), str(annotations), str(tmp_path / "objects.parquet")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    in_new_process(script, store.folder, annotations, tmp_path / "objects.parquet")
 
 
 def test_the_verbs_without_optional_packages(store: EmbeddingStore, annotations: Path, tmp_path: Path) -> None:
     """After a plain `pip install` each verb works, or names the command that installs what it needs."""
     script = (
-        "import sys\n"
         "optional = 'pyarrow pandas matplotlib sklearn faiss embedding_atlas fiftyone lance duckdb scipy'.split()\n"
         "sys.modules |= dict.fromkeys(optional)\n"
         "from detr_lightning.command.main import main\n"
-        "folder, annotations, output = sys.argv[1:]\n"
         "assert main(['summary', folder]) == 0\n"
         "assert main(['evaluate', folder, '--annotations', annotations]) == 0\n"
         "assert main(['objects', folder, '--output', output]) == 1\n"
@@ -142,10 +146,8 @@ def test_the_verbs_without_optional_packages(store: EmbeddingStore, annotations:
         "assert main(['explore', folder]) == 1\n"
         "assert main(['convert', folder, output]) == 1\n"
     )
-    command = [sys.executable, "-c", script, str(store.folder), str(annotations), str(tmp_path / "objects.parquet")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    stderr = in_new_process(script, store.folder, annotations, tmp_path / "objects.parquet")
+    errors = [line for line in stderr.splitlines() if line.startswith("Error: ")]
     assert [line.partition("pip install 'detr-lightning[")[2].partition("]'")[0] for line in errors] == [
         "analysis",
         "analysis",

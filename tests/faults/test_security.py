@@ -68,27 +68,26 @@ def test_an_embedding_file_never_runs_what_is_in_it(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("file_name", ["../secret.jpg", "/etc/passwd", "a/../../secret.jpg", "..\\secret.jpg"])
-def test_annotations_cannot_name_a_file_outside(run_cli: Run, tmp_path: Path, file_name: str) -> None:
-    coco = make_coco(tmp_path / "coco", 2)
+def refused_with(run_cli: Run, folder: Path, **fields: Any) -> None:
+    """Extract into `out` with an annotation file whose first image has these fields, which the command refuses."""
+    coco = make_coco(folder / "coco", 2)
     content = json.loads(coco.annotations.read_text())
-    content["images"][0]["file_name"] = file_name
+    content["images"][0] |= fields
     coco.annotations.write_text(json.dumps(content))
-    ran = run_cli("predict", *coco.data, "--output_dir", tmp_path / "out")
+    ran = run_cli("predict", *coco.data, "--output_dir", folder / "out")
     assert ran.code == 1
     message(ran.err)
+
+
+@pytest.mark.parametrize("file_name", ["../secret.jpg", "/etc/passwd", "a/../../secret.jpg", "..\\secret.jpg"])
+def test_annotations_cannot_name_a_file_outside(run_cli: Run, tmp_path: Path, file_name: str) -> None:
+    refused_with(run_cli, tmp_path, file_name=file_name)
     assert not list(tmp_path.glob("out/embedding_*"))
 
 
 @pytest.mark.parametrize("image_id", ["../../x", -1, 10**12, 1.5, True, None])
 def test_ids_cannot_name_a_file_elsewhere(run_cli: Run, tmp_path: Path, image_id: Any) -> None:
-    coco = make_coco(tmp_path / "coco", 2)
-    content = json.loads(coco.annotations.read_text())
-    content["images"][0]["id"] = image_id
-    coco.annotations.write_text(json.dumps(content))
-    ran = run_cli("predict", *coco.data, "--output_dir", tmp_path / "out")
-    assert ran.code == 1
-    message(ran.err)
+    refused_with(run_cli, tmp_path, id=image_id)
     assert not (tmp_path / "out").exists()
 
 

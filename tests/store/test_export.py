@@ -15,15 +15,9 @@ from safetensors.torch import load_file
 from store_factory import annotations_of, make_store
 
 from detr_lightning.detections import evaluate
-from detr_lightning.format.keys import KEYS
 from detr_lightning.store import EmbeddingStore
 from detr_lightning.store.__main__ import main
 from detr_lightning.store.export import export
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> EmbeddingStore:
-    return make_store(tmp_path / "store", keys=KEYS)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,21 @@
+"""The extraction that the tests of tables share, and its annotations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store_factory import annotations_of, make_store
+
+from detr_lightning.store import EmbeddingStore
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    return annotations_of()
+
+
+@pytest.fixture
+def store(tmp_path: Path, content: dict[str, Any]) -> EmbeddingStore:
+    return make_store(tmp_path / "store", content)
