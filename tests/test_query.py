@@ -131,7 +131,7 @@ def test_a_table_of_another_extraction(store: EmbeddingStore, tmp_path: Path, ca
     assert main(["objects", str(other), "--output", str(table)]) == 0
     argv = ["search", str(store.folder), "--image", "x.jpg", "--table", str(table)]
     assert main(argv) == 1
-    assert "is of another extraction: its folder is" in capsys.readouterr().err
+    assert "belongs to another extraction: its folder is" in capsys.readouterr().err
     assert main([*argv[:-1], str(tmp_path / "mine.parquet"), "--sheet", "x.txt"]) == 1
     assert "a contact sheet ends in" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The annotated objects of a store's images, compared with what was detected."""
+"""The annotated objects of a store's images, compared with the detections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from detr_lightning.store.predictions import Predictions
 from detr_lightning.store.store import EmbeddingStore
 
 COMPARED = ["outcome", "annotation_id", "annotated_category_id", "annotated_category", "iou"]
-"""The columns of a table of objects that speak of the annotated objects."""
+"""The columns of a table of objects that describe the annotated objects."""
 
 
 class GroundTruth:

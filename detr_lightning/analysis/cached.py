@@ -22,7 +22,7 @@ def objects_table(
     annotation_file: str | os.PathLike[str] | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Return the table of a store's objects, which is written where it is missing or of other settings.
+    """Return the table of a store's objects, written if it is missing or was made with other settings.
 
     Args:
         store: The extraction.
@@ -41,8 +41,8 @@ def objects_table(
         for name in ("folder", "model_sha256"):
             if recorded.get(name) != describe(store)[name]:
                 raise InputError(
-                    f"{path} is of another extraction: its {name} is {recorded.get(name)}, that of {store.name} is "
-                    f"{describe(store)[name]}. `detr-lightning objects` writes one of this."
+                    f"{path} belongs to another extraction: its {name} is {recorded.get(name)}, that of "
+                    f"{store.name} is {describe(store)[name]}. `detr-lightning objects` writes a table of this one."
                 )
         return path
     if path is None:

@@ -18,7 +18,7 @@ import pandas as pd  # isort: skip  # Below objects, which names the package to 
 def align(one: pd.DataFrame, other: pd.DataFrame, iou: float = 0.5) -> pd.DataFrame:
     """Pair the objects of two tables of the same images by their boxes, whatever their categories.
 
-    Objects of the first table take their turn by score, and each takes the free object that it overlaps most.
+    Greedy: by descending score, each object of the first table is paired with the free object that it overlaps most.
 
     Args:
         one: Rows of `objects`.

@@ -63,7 +63,7 @@ def prepare(
     image_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> bool:
-    """Write the table that Embedding Atlas shows, unless it is there already.
+    """Write the table that Embedding Atlas shows, unless it exists.
 
     Args:
         store: The extraction.

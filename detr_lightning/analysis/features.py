@@ -1,4 +1,4 @@
-"""What the layers hold of each object of a table: at its box in the feature maps, at its query in the decoder."""
+"""The features of objects at each layer: from their boxes in the feature maps, from their queries in the decoder."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MAPS = {"backbone_features": "backbone", "encoder_output": "encoder"}
 def object_features(
     store: EmbeddingStore, table: pd.DataFrame, keys: Sequence[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """Return what each layer holds of each object.
+    """Return the features of each object at each layer.
 
     From a map of the image, this is the mean over the object's box (RoIAlign, He et al., 2017); from the decoder, the
-    embedding of the object's query in each layer. `box` is the box itself, relative to the image: how much size and
-    place alone give away.
+    embedding of the object's query in each layer. `box` is the box itself, relative to the image: a baseline
+    of size and position alone.
 
     Args:
         store: The extraction.

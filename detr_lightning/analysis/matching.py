@@ -34,7 +34,7 @@ def match(
     threshold: float = 0.7,
     same_category: bool = True,
 ) -> Match:
-    """Join what was detected with COCO's annotations of the same images, one to one.
+    """Match detections with COCO's annotations of the same images, one to one.
 
     As in COCO's evaluation, detections take their turn by score, and each takes the annotated object of its category
     that it overlaps most, if that is `iou` or more and no other detection has it already. Crowds are left out.

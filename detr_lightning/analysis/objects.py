@@ -1,4 +1,4 @@
-"""A table of what was detected: one row per object, with its embedding."""
+"""A table of the detected objects: one row per object, with its embedding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Overlaps of boxes; the detection that gets an annotated object, and the reason why another gets none."""
+"""Overlaps of boxes, the matching of detections with annotated objects, and the kinds of errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OUTCOMES = {
     "background": "on no annotated object",
     "both": "another category, and too little overlap",
 }
-"""What became of a detection. The errors are those of TIDE (Bolya et al., 2020), decided in the order of its code."""
+"""The outcomes of a detection. The errors are those of TIDE (Bolya et al., 2020), decided in the order of its code."""
 
 
 def area_classes(areas: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from detr_lightning.store.store import EmbeddingStore
 
 
 def open_picture(store: EmbeddingStore, image_id: int, image_dir: str | os.PathLike[str] | None = None) -> Image.Image:
-    """Return an image of a store in RGB, as the store's boxes mean it.
+    """Return an image of a store in RGB, in the orientation that the store's boxes refer to.
 
     Raises:
         FileNotFoundError: The image is not there.

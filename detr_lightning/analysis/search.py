@@ -1,4 +1,4 @@
-"""The nearest objects of a table: exactly, or for large tables through an index that is saved beside it."""
+"""Nearest-neighbour search in a table of objects: exact, or for large tables with an index saved beside it."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _CELLS = 10_000_000
 
 
 class GroupMeans(NamedTuple):
-    """The mean of a column in each group, with what other samples of images would give."""
+    """The mean of a column in each group, with bootstrap intervals over images."""
 
     summary: pd.DataFrame
     """For each group `objects`, `images`, `mean`, and the interval `low` to `high`; no interval (NaN) for a group that
@@ -53,7 +53,7 @@ def by_group(
 
     Args:
         table: Rows with `image_id`, `group` and `column`, such as those of `match`. Rows without a group are left out.
-        group: The column that says to which group a row belongs.
+        group: The column of the groups.
         column: The column to average, such as `found`.
         draws: How many samples of images are drawn, with replacement.
         level: How much of the draws an interval holds.
@@ -97,7 +97,7 @@ def probe(
     folds: int = 5,
     strength: float = 0.1,
 ) -> pd.DataFrame:
-    """Return how well a linear classifier reads the labels off each kind of features, in images it has not seen.
+    """Return how well a linear classifier predicts the labels from each kind of features, on held-out images.
 
     Features are standardised and classified by logistic regression, cross-validated with whole images in each fold.
 
@@ -127,7 +127,7 @@ def probe(
     if folds < 2 or images < folds:
         raise SettingError(f"{images} images cannot be split into {folds} folds. Take more images, or fewer folds.")
     if kinds < 2:
-        raise SettingError(f"a probe tells labels apart, and there is {kinds}. Take more images, or a lower threshold.")
+        raise SettingError(f"a probe needs two labels, and there is {kinds}. Take more images, or a lower threshold.")
     for name, matrix in features.items():
         if len(matrix) != len(names) or len(groups) != len(names):
             raise SettingError(f"{name} has {len(matrix)} rows, for {len(names)} labels and {len(groups)} image ids.")
@@ -183,11 +183,11 @@ def precision_at_k(
 def typicality(table: pd.DataFrame, label: str = "category_id") -> pd.Series[float]:
     """Return the cosine between each object's embedding and the mean direction of all others with its label.
 
-    A group that the model knows less well tends to lie further out, even where it is found.
+    A group that the model represents less well tends to have lower values, even where its objects are found.
 
     Args:
         table: Rows with `embedding` and the label.
-        label: The column that says which objects belong together.
+        label: The column of the labels.
 
     Returns:
         A number for each row; NaN where no other object has its label.

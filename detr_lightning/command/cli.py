@@ -90,7 +90,7 @@ class DETRCLI(LightningCLI):
         """Look for the images before the weights, which may have to be fetched.
 
         Raises:
-            FileNotFoundError: Their folder is not there.
+            FileNotFoundError: Their folder does not exist.
             CommandError: A dry run would have to download them.
         """
         settings = self.config[self.subcommand]
@@ -189,7 +189,7 @@ class DETRCLI(LightningCLI):
             self.datamodule.prepare_data()
         self.datamodule.use_model(self.model.checkpoint)
         if self.trainer.world_size == 1 or (waits_for_launch(self.trainer) and self.trainer.is_global_zero):
-            self.datamodule.setup("validate")  # before other ranks are launched, which it tells what it found
+            self.datamodule.setup("validate")  # before other ranks are launched, so that they get its result
 
     def validate(self, **kwargs: Any) -> None:
         """Compute COCO's detection metrics, print and keep them."""

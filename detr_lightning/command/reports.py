@@ -28,7 +28,7 @@ def announcement(job: Job, free: int | None) -> list[RenderableType]:
 
     Args:
         job: After `plan`, with a writer.
-        free: The bytes that the disk has free; None where nobody knows.
+        free: The bytes that the disk has free; None where it is unknown.
     """
     writer, model, data = job.writer, job.model, job.data
     assert writer is not None
@@ -42,9 +42,9 @@ def announcement(job: Job, free: int | None) -> list[RenderableType]:
             "compares before it begins."
         )
     if run.complete:
-        done = f"{writer.output_dir} is finished: {count(finished, 'image')}, all there. Nothing to do."
+        done = f"{writer.output_dir} is finished: {count(finished, 'image')}. Nothing to do."
         return [*lines, done, next_command(writer)]
-    others = f", {finished} more are there already" if finished else ""
+    others = f", {finished} more are finished" if finished else ""
     others += f", {len(data.failures)} more cannot be read" if data.failures else ""
     kept = model.hparams["extract_type"] if model.hparams["keys"] is None else count(len(model.keys), "key")
     lines.append(

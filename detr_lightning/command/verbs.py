@@ -44,7 +44,7 @@ VERBS = {
     ),
     "validate": Verb("compute COCO's AP of a model on annotated images", "--config demo", lightning=True),
     "summary": Verb("show the contents of a folder of embeddings", "out"),
-    "verify": Verb("read every file of a folder again and list what is wrong", "out"),
+    "verify": Verb("read every file of a folder again and list the problems", "out"),
     "export": Verb(
         "write embeddings or detections as npy, parquet, safetensors, coco", "out --pool mean --output vectors.npy"
     ),

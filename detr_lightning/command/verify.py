@@ -1,4 +1,4 @@
-"""`detr-lightning verify`: read every file of a folder again and list what is wrong."""
+"""`detr-lightning verify`: read every file of a folder again and list the problems."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what is wrong to stderr; return 1 if anything is."""
+    """Print the problems to stderr; return 1 if there are any."""
     problems = verify(options.folder, options.workers)
     if not problems:
         print(f"{count(len(EmbeddingStore(options.folder)), 'image')}, every file whole and right.")

@@ -70,7 +70,7 @@ def read_directory(file: BinaryIO) -> tuple[Directory, list[zipfile.ZipInfo]]:
 
 
 class WholeFiles:
-    """Tells whole files from others, and remembers the directories it has parsed."""
+    """Checks whether files are whole, and remembers the directories it has parsed."""
 
     def __init__(self) -> None:
         self._known: defaultdict[int, list[Directory]] = defaultdict(list)

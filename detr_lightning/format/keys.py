@@ -31,7 +31,7 @@ ON_REQUEST = ("cross_attention", "encoder_layers")
 KEYS = EXTRACT_TYPES["all"] + ON_REQUEST
 
 QUERY_INDEX = "query_index"
-"""The key that tells which queries a file keeps. `writer.min_score` adds it; it cannot be asked for by name."""
+"""The numbers of the queries that a file keeps. `writer.min_score` adds it; it cannot be asked for by name."""
 
 PREDICTIONS = ("pred_logits", "pred_boxes")
 """Keys that stay float32 whatever `writer.dtype` is: half precision would move a box by up to half a pixel."""

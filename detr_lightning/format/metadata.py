@@ -19,8 +19,8 @@ _REQUIRED = ("image_ids", "num_images", "extract_type", "embedding_keys", "image
 """Without these fields a `metadata.json` cannot be read."""
 
 AGAIN = (
-    "Run the same command again to finish it. EmbeddingStore(folder, partial=True) reads what is there so far, and "
-    "detr-lightning summary prints how far it is."
+    "Run the same command again to finish it. EmbeddingStore(folder, partial=True) reads the images finished so far, "
+    "and detr-lightning summary prints how far it is."
 )
 
 
@@ -68,7 +68,7 @@ class MetadataFile:
 
     @cached_property
     def changed(self) -> bool:
-        """Whether it was changed after it was written. Older metadata does not tell."""
+        """Whether it was changed after it was written. False for older metadata without a checksum."""
         return "checksum" in self._header and not json_is_unchanged(self._data)
 
     def _parse(self, data: bytes, *, whole: bool = True) -> dict[str, Any]:

@@ -113,5 +113,5 @@ def _remote_advice(reason: str) -> str:
 
 def _local_advice(reason: str) -> str:
     if "No space left" in reason or "os error 28" in reason:
-        return "Free some space, then run the same command again: what was committed is kept."
-    return "Check the disk, then run the same command again: what was committed is kept."
+        return "Free some space, then run the same command again: committed rows are kept."
+    return "Check the disk, then run the same command again: committed rows are kept."

@@ -136,7 +136,7 @@ def _kind(
     for name in places:
         tensor = kind.read(file, name)
         if tensor is None or not same_bytes(tensor, tensors[name]):
-            raise InputError(f"{name} is not where the file's own directory has it")
+            raise InputError(f"{name} is not at the place that the directory of the file gives")
     return kind
 
 
@@ -161,7 +161,7 @@ def _without_checksum(header: bytes) -> bytes:
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Turn the errors of torch and zipfile into errors that name the file and what to do."""
-    advice = f"`detr-lightning verify {path.parent}` lists what is wrong in the folder."
+    advice = f"`detr-lightning verify {path.parent}` lists the problems of the folder."
     try:
         yield
     except FileNotFoundError as error:

@@ -1,6 +1,6 @@
 """The record of a run: all that `metadata.json` holds.
 
-With entries.py this is the one place that knows the names of the fields. A field that older metadata lacks counts as
+With entries.py this is the one place that defines the names of the fields. A field that older metadata lacks counts as
 the value that was then in force: each default below is that value.
 """
 

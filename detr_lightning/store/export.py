@@ -95,7 +95,7 @@ def output_path(
         beside: The ending of a second file that is written beside it.
 
     Raises:
-        FileExistsError: It is there already, and `overwrite` is False.
+        FileExistsError: It already exists, and `overwrite` is False.
         SettingError: Its name has another ending, it is a folder, or it lies among the embeddings.
     """
     path = Path(output).expanduser()
@@ -107,7 +107,7 @@ def output_path(
         raise SettingError(f"{path} lies in the extraction's own folder, which holds nothing else. Write elsewhere.")
     for file in (path, path.with_suffix(beside)) if beside else (path,):
         if not overwrite and file.exists():
-            raise FileExistsError(f"{file} is there already. Choose another name, or give --overwrite to replace it.")
+            raise FileExistsError(f"{file} already exists. Choose another name, or give --overwrite to replace it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -122,7 +122,7 @@ def _blocks(
         chosen, block = store.stack(key, ids[start : start + _BLOCK], pool, progress=False)
         shape = shape or block.shape[1:]
         if block.shape[1:] != shape:
-            store.stack(key, [ids[0], chosen[0]], pool)  # Says which shapes differ and what to do.
+            store.stack(key, [ids[0], chosen[0]], pool)  # Raises: the message names both shapes.
         yield chosen, block
 
 

@@ -150,7 +150,7 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
             raise FileNotFoundError(f"{self.name} does not record where {file_name} is. Give image_dir.")
         path = Path(image_dir).expanduser() / file_name
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there. Give image_dir, the folder in which the images are now.")
+            raise FileNotFoundError(f"{path} does not exist. Give image_dir, the folder in which the images are now.")
         return path
 
     def require(self, *keys: str) -> None:

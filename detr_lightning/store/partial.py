@@ -1,4 +1,4 @@
-"""An unfinished run in a folder of files, read as if it had ended with what it has finished so far."""
+"""Reading the images that an unfinished run in a folder has finished so far."""
 
 from __future__ import annotations
 

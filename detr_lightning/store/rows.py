@@ -1,4 +1,4 @@
-"""The queries of many images one below the other."""
+"""The queries of many images, concatenated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Rows(NamedTuple):
 def read_rows(
     tensors: Tensors, key: str, ids: Sequence[int], counts: Sequence[int] | None, progress: bool | None = None
 ) -> Rows:
-    """Return the queries of many images.
+    """Return the queries of many images, concatenated.
 
     Args:
         tensors: Where they are.

@@ -73,7 +73,7 @@ def read_stack(tensors: Tensors, key: str, ids: Sequence[int], pool: str | None,
 
 def _advice(key: str) -> str:
     ways = ["pool it (pool='mean' or 'max')"] if key in POOLED_AXES else []
-    ways += [f"read its queries one below the other (store.rows({key!r}))"] if "queries" in AXES[key] else []
+    ways += [f"concatenate its queries (store.rows({key!r}))"] if "queries" in AXES[key] else []
     ways += ["choose images of one size"] if key in SPATIAL else []
     text = ", or ".join(ways)
     return f" {text[0].upper()}{text[1:]}." if text else ""

@@ -128,7 +128,7 @@ class EmbeddingStore(StoredImages):
         return ids, read_stack(self._tensors, key, ids, pool, progress)
 
     def rows(self, key: str, image_ids: Iterable[int] | None = None, progress: bool | None = None) -> Rows:
-        """Return the queries of many images one below the other, however many each image kept.
+        """Return the queries of many images, concatenated, however many each image kept.
 
         Args:
             key: A key with an axis of queries, such as `query_embeddings`.

@@ -1,4 +1,4 @@
-"""The tensors of a store, wherever they are: one file per image here, others beside it."""
+"""The tensors of a store: the protocol, one file per image, and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checking a finished extraction: every file is read again, whole, and held against the metadata."""
+"""Checking a finished extraction: every file is read again and compared with the metadata."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def verify(folder: str | os.PathLike[str], workers: int | None = None, progress:
 
 
 def _guarded(name: str, problems: Iterator[str]) -> Iterator[str]:
-    """Yield problems; a check that fails is one too, for what is damaged can be anything."""
+    """Yield problems. A check that raises is one too: damaged data can raise anything."""
     try:
         yield from problems
     except Exception as error:
@@ -76,7 +76,7 @@ def _printable(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Expected:
-    """The properties of the files that the metadata knows; None where it is incomplete."""
+    """The properties of the files, from the metadata; None where it is incomplete."""
 
     shape: ModelShape | None = None
     dtype: str | None = None
@@ -101,11 +101,11 @@ class _Expected:
 def _metadata_problems(metadata: MetadataFile) -> Iterator[str]:
     ids, keys = metadata.image_ids, metadata.embedding_keys
     if metadata.changed:
-        yield f"{METADATA}: was changed after it was written: its checksum does not fit."
+        yield f"{METADATA}: was changed after it was written: its checksum does not match."
     if metadata.num_images != len(ids):
         yield f"{METADATA}: num_images is {metadata.num_images}, image_ids lists {len(ids)}."
     if ids != sorted(set(ids)):
-        yield f"{METADATA}: image_ids are not ascending, or one is there twice."
+        yield f"{METADATA}: image_ids are not ascending, or one is repeated."
     if metadata.extract_type not in list(EXTRACT_TYPES):
         yield f"{METADATA}: extract_type is {metadata.extract_type!r}, none of {', '.join(EXTRACT_TYPES)}."
     if unknown := [key for key in keys if key not in AXES]:
@@ -113,7 +113,7 @@ def _metadata_problems(metadata: MetadataFile) -> Iterator[str]:
     try:
         _ = metadata.run.settings.model.shape
     except InputError as error:
-        yield f"{METADATA}: {error}, so not all can be checked."
+        yield f"{METADATA}: {error}, so some checks are left out."
     try:
         failed = {entry.image_id for entry in metadata.failed()}
     except InputError as error:
@@ -156,7 +156,7 @@ def _file_problems(store: EmbeddingStore, expected: _Expected, image_id: int) ->
         yield f"{name}: {error}."
         return
     if entry.checksum is not None and checksum_of(data) != entry.checksum:
-        yield f"{name}: is not the file that was written: its checksum is another than in {METADATA}."
+        yield f"{name}: is not the file that was written: its checksum differs from that in {METADATA}."
     if tuple(tensors) != store.embedding_keys:
         yield f"{name}: its keys are {', '.join(map(str, tensors))}; expected {', '.join(store.embedding_keys)}."
     for key, tensor in tensors.items():
@@ -222,7 +222,7 @@ def _storage_problems(store: EmbeddingStore, image_id: int, tensors: dict[str, T
         yield "two tensors share one storage"
     for key in store.embedding_keys:
         if key in tensors and not same_bytes(store.load(image_id, key), tensors[key]):
-            yield f"{key} is not where the file's own directory has it"
+            yield f"{key} is not at the place that the file's directory gives"
 
 
 def _problems_together(

@@ -40,7 +40,7 @@ def test_objects(store: EmbeddingStore, annotations: Path, tmp_path: Path, capsy
     assert capsys.readouterr().out == f"wrote {output}: 12 objects in 4 images\n"
     assert len(pd.read_parquet(output)) == 12
     assert main(["objects", str(store.folder), "--output", str(output)]) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     argv = ["objects", str(store.folder), "--output", str(output), "--overwrite", "--key", "none", "--threshold", "0"]
     assert main([*argv, "--annotations", str(annotations)]) == 0
     read = pd.read_parquet(output)

@@ -89,7 +89,7 @@ def test_an_image_that_was_not_hashed_is_hashed_and_not_redone(
     monkeypatch.setattr("detr_lightning.extractor.DETRExtractor.predict_step", predict_step)
     ran = run_cli(*command, *CONTENT)
     assert ran.code == 0, ran.err
-    assert "3 more are there already" in ran.err
+    assert "3 more are finished" in ran.err
     assert recorded(out) == {path.name: sha256(path) for path in coco.images.iterdir()}
     assert {path: path.stat().st_mtime_ns for path in files} == files
     store = EmbeddingStore(out)

@@ -84,7 +84,7 @@ def test_a_disk_that_fills_up(job: Job, small_disk: Callable[[str], Path]) -> No
     whole = len(job.files)
     assert 5 < whole < 20
     small_disk("size=2m")
-    assert f"{whole} more are there already" in job.finish().err
+    assert f"{whole} more are finished" in job.finish().err
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ run.fsync_folder = fill
     assert f"{job.folder}/metadata.json needs about" in message(run.err)
     assert job.unfinished
     ballast.unlink()
-    assert "40 more are there already" in job.finish().err
+    assert "40 more are finished" in job.finish().err
 
 
 @pytest.mark.slow

@@ -127,4 +127,4 @@ def test_a_kill_after_the_metadata_leaves_little_to_do(job: Job) -> None:
         EmbeddingStore(job.folder)
     again = job.finish()
     assert "0 images" in again.err
-    until(lambda: "40 more are there already" in again.err, 1)
+    until(lambda: "40 more are finished" in again.err, 1)

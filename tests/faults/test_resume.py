@@ -131,7 +131,7 @@ def test_what_is_not_whole_is_redone(run_cli: Run, coco_folder: Coco, out: Path,
     ran = run_cli("predict", *coco_folder.data, "--output_dir", out)
     assert ran.code == 0
     assert "1 image to" in ran.err
-    assert "7 more are there already" in ran.err
+    assert "7 more are finished" in ran.err
     assert {path: path.stat().st_mtime_ns for path in others} == others
     assert differences(out, tmp_path / "whole", 1e-5) == []
 

@@ -24,7 +24,7 @@ def test_one_process(job: Job, number: signal.Signals, group: bool) -> None:
     there = len(job.files)
     assert 4 <= there < 40
     assert job.unfinished
-    assert f"{there} more are there already" in job.finish().err
+    assert f"{there} more are finished" in job.finish().err
 
 
 @pytest.mark.slow

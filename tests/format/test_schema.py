@@ -169,7 +169,7 @@ def test_a_finished_folder_of_an_earlier_release(name: str, checksums: bool, run
     assert verify(out) == []
     ran = run_cli(*demo(out))
     assert ran.code == 0, ran.err
-    assert "is finished: 3 images, all there" in ran.err
+    assert "is finished: 3 images. Nothing to do." in ran.err
     ran = run_cli(*demo(out), "--data.short_side", "96")
     assert ran.code == 1
     assert "data.short_side was 128, now 96" in ran.err
@@ -182,7 +182,7 @@ def test_an_unfinished_folder_of_an_earlier_release(run_cli: RunCLI, tmp_path: P
     assert len(kept) == 2
     ran = run_cli(*demo(out))
     assert ran.code == 0, ran.err
-    assert "2 more are there already" in ran.err
+    assert "2 more are finished" in ran.err
     assert verify(out) == []
     store = EmbeddingStore(out)
     assert store.image_ids == [1, 2, 3]

@@ -109,7 +109,7 @@ def test_where_an_export_may_go(store: EmbeddingStore, tmp_path: Path) -> None:
         export(store, tmp_path / "a.json", "npy")
     assert export(store, tmp_path / "new" / "folder" / "a.npy")[0].is_file()
     (tmp_path / "a.ids.npy").write_text("before")
-    with pytest.raises(FileExistsError, match=r"a\.ids\.npy is there already"):
+    with pytest.raises(FileExistsError, match=r"a\.ids\.npy already exists"):
         export(store, tmp_path / "a.npy", overwrite=False)
     export(store, tmp_path / "b.npy", overwrite=False)
     with pytest.raises(ValueError, match="the extraction's own folder"):
@@ -128,7 +128,7 @@ def test_the_command(store: EmbeddingStore, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == f"wrote {output}\nwrote {tmp_path / 'pooled.ids.npy'}\n"
     assert np.load(output).shape == (4, 512)
     assert main(["export", str(store.folder), *options]) == 1
-    assert "pooled.npy is there already" in capsys.readouterr().err
+    assert "pooled.npy already exists" in capsys.readouterr().err
     assert main(["export", str(store.folder), *options, "--overwrite"]) == 0
     assert main(["export", str(store.folder), "--key", "query_embedings", "--output", str(tmp_path / "b.npy")]) == 1
     assert "Did you mean 'query_embeddings'?" in capsys.readouterr().err

@@ -173,7 +173,7 @@ def test_exchanged_contents_are_found(store: EmbeddingStore) -> None:
     assert len(contents[0]) == len(contents[1])
     first.write_bytes(contents[1])
     other.write_bytes(contents[0])
-    message = "is not the file that was written: its checksum is another than in metadata.json."
+    message = "is not the file that was written: its checksum differs from that in metadata.json."
     assert verify(store.folder) == [f"{path.name}: {message}" for path in (first, other)]
     other.write_bytes(contents[1])
     assert verify(store.folder) == [f"{first.name}: {message}"]
@@ -194,7 +194,7 @@ def test_edited_metadata_is_found(store: EmbeddingStore, change: tuple[str, str]
     text = path.read_text()
     assert change[0] in text
     path.write_text(text.replace(*change))
-    assert verify(store.folder) == ["metadata.json: was changed after it was written: its checksum does not fit."]
+    assert verify(store.folder) == ["metadata.json: was changed after it was written: its checksum does not match."]
 
 
 def test_values_outside_of_their_range(store: EmbeddingStore) -> None:

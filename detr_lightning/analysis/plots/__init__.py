@@ -1,4 +1,4 @@
-"""Pictures of what an extraction holds: each function returns a matplotlib `Figure`, for a notebook or `savefig`.
+"""Pictures of an extraction: each function returns a matplotlib `Figure`, for a notebook or `savefig`.
 
 A category has the same colour in every picture. No display is needed.
 """

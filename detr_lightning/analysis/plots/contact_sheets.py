@@ -74,7 +74,7 @@ def search_results(
     picture: np.ndarray,
     image_dir: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw a contact sheet: each object that was searched with and, right of it, what was found, with cosines.
+    """Draw a contact sheet: each query object and, right of it, the objects found, with cosines.
 
     Args:
         store: Where the images of the found objects are known.

@@ -73,7 +73,7 @@ def attention(
     image_dir: str | os.PathLike[str] | None = None,
     threshold: float = 0.7,
 ) -> Figure:
-    """Draw where in the image object queries look: cross attention, averaged over heads, with each query's box.
+    """Draw the cross-attention of object queries on the image, averaged over heads, with each query's box.
 
     Args:
         store: A folder with `cross_attention`, `pred_logits` and `pred_boxes`.
@@ -151,7 +151,7 @@ def _label(axes: Axes, table: pd.DataFrame, width: int, height: int, scale: floa
     line = 0.027 * scale * max(width, height)  # A label's height in pixels of the image.
     size = 0.68 * line * 72 * WIDTH / width  # The font's, in points.
     placed: list[tuple[float, float, float, float]] = []
-    # The best spots go to the small boxes: in a large one there is more room.
+    # Small boxes first: in a large one there is more room for the label.
     for row in table.iloc[::-1].itertuples():
         text = f"{row.category} {row.score:.2f}"
         length = TextPath((0, 0), text, size=0.68 * line).get_extents().width + 0.6 * line

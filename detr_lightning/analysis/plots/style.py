@@ -44,7 +44,7 @@ def color_of(category_id: int) -> tuple[float, float, float]:
 
 
 def ink_on(color: Sequence[float] | np.ndarray) -> str:
-    """Return the ink that is read best on a colour: by its relative luminance."""
+    """Return the more legible text colour on a background, by its relative luminance."""
     red, green, blue = color
     return INK if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.25 else "white"
 
