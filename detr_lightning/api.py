@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import json
 import multiprocessing
@@ -21,7 +20,7 @@ from PIL import Image
 
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.data.sources import ListedImages
-from detr_lightning.errors import SHOWN, DETRLightningError, SettingError, SettingTypeError, count
+from detr_lightning.errors import SHOWN, DETRLightningError, SettingError, SettingTypeError, count, did_you_mean
 from detr_lightning.extraction.memory import EmbeddingCollector
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
@@ -140,11 +139,10 @@ def _check_names(data: Mapping[str, Any], writer: Mapping[str, Any]) -> None:
     ):
         for name in given:
             if name not in allowed:
-                near = difflib.get_close_matches(name, allowed, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(dict.fromkeys(allowed))}."
+                hint = did_you_mean(name, allowed) or f" It has {', '.join(dict.fromkeys(allowed))}."
                 if name in of_writer:
-                    hint = f'Give it as writer={{"{name}": ...}}.'
-                raise SettingTypeError(f"{place} has no setting {name!r}. {hint}")
+                    hint = f' Give it as writer={{"{name}": ...}}.'
+                raise SettingTypeError(f"{place} has no setting {name!r}.{hint}")
 
 
 def _images(

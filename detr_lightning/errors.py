@@ -70,9 +70,13 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     if value in allowed:
         return value
-    near = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise SettingError(f"{name} is {value!r}, which is none of {', '.join(allowed)}.{hint}")
+    raise SettingError(f"{name} is {value!r}, which is none of {', '.join(allowed)}.{did_you_mean(value, allowed)}")
+
+
+def did_you_mean(name: object, allowed: Iterable[str]) -> str:
+    """Return ` Did you mean '...'?` with the allowed name nearest to one that is not; nothing where none is near."""
+    near = difflib.get_close_matches(str(name), list(allowed), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def count(number: int, noun: str) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 
-from detr_lightning.errors import SettingError
+from detr_lightning.errors import SettingError, did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent
 HOME = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent
@@ -36,8 +35,7 @@ def config_file(name: str | os.PathLike[str]) -> Path:
     names = config_names()
     if stem in names:
         return HOME / "configs" / f"{stem}.yaml"
-    near = difflib.get_close_matches(stem, names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(stem, names)
     raise SettingError(f"--config is {str(name)!r}, which is neither a file nor one of {', '.join(names)}.{hint}")
 
 

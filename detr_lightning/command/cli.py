@@ -51,25 +51,13 @@ class DETRCLI(LightningCLI):
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            trainer_defaults={
-                "logger": False,
-                "enable_checkpointing": False,
-                "enable_model_summary": False,
-            },
+            trainer_defaults=dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False),
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # which builds no parser for nothing
         """Return the verb, and the Trainer's arguments that it does not offer."""
-        not_offered = {
-            "model",
-            "dataloaders",
-            "datamodule",
-            "ckpt_path",
-            "weights_only",
-            "return_predictions",
-            "verbose",
-        }
-        return {self.verb: not_offered}
+        not_offered = "model dataloaders datamodule ckpt_path weights_only return_predictions verbose"
+        return {self.verb: set(not_offered.split())}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the settings that are not the model's, the data's or the Trainer's."""

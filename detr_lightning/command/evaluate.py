@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the numbers as a table."""
     from detr_lightning.analysis.evaluation import evaluate_store
-    from detr_lightning.format.files import replacing
+    from detr_lightning.format.files import write_json
 
     store = EmbeddingStore(options.folder)
     numbers = evaluate_store(store, options.annotations)
@@ -38,7 +37,6 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         path = Path(options.output).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps({**numbers, "images": len(store)}, indent=2).encode() + b"\n")
+        write_json(path, {**numbers, "images": len(store)})
         out.print(f"wrote {path}", markup=False, soft_wrap=True)
     return 0

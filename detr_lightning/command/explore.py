@@ -15,9 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the folder, which objects to show, and where the page goes."""
     parser.add_argument("folder", help="the output folder of an extraction with query_embeddings")
     parser.add_argument("--threshold", type=float, default=0.7, help="the lowest score of an object; default: 0.7")
-    parser.add_argument(
-        "--annotations", metavar="FILE", help="COCO's instances_*.json, to compare each object with its annotated one"
-    )
+    parser.add_argument("--annotations", metavar="FILE", help="COCO's instances_*.json, to compare the objects with")
     parser.add_argument("--image_dir", metavar="DIR", help="the folder's images, where they have moved")
     parser.add_argument("--export", metavar="DIR", help="write a static page there instead of serving one")
     parser.add_argument("--overwrite", action="store_true", help="export: write into a folder that is not empty")
@@ -46,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     pictures = explore.prepare(store, table, prepared, options.image_dir)
     out.print(f"{prepared} is ready", markup=False)
     if not pictures:
-        out.print("Without thumbnails: the images are not where they were. Give --image_dir.")
+        out.print("Without thumbnails: the images have moved. Give --image_dir.")
     if page is None:
         return explore.serve(prepared, pictures, options.port)
     explore.export(prepared, pictures, page)

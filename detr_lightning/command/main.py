@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from detr_lightning import __version__
 from detr_lightning.command.settings import help_of, help_of_trainer
 from detr_lightning.command.verbs import VERBS, load_verb
 from detr_lightning.command.words import checked_words
-from detr_lightning.errors import DETRLightningError, SettingError
+from detr_lightning.errors import DETRLightningError, SettingError, did_you_mean
 from detr_lightning.launch import end_with_parent, forget_stale_launchers, launched_by_rank_0
 
 PROGRAM = "detr-lightning"
@@ -109,8 +108,7 @@ class VerbParser(argparse.ArgumentParser):
         """
         unknown = re.search(r"unrecognized arguments: (--\w+)", message)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            message += _nearest(unknown[1], flags)
+            message += did_you_mean(unknown[1], (flag for action in self._actions for flag in action.option_strings))
         raise SettingError(f"{self.prog}: {message}. See {self.prog} --help.")
 
 
@@ -118,12 +116,7 @@ def _unknown(name: str, rest: Sequence[str]) -> str:
     if name.startswith("-"):
         verb = next((word for word in rest if word in VERBS), "VERB")
         return f"The verb comes first, settings such as {name} after it: {PROGRAM} {verb} {name} ..."
-    return f"There is no verb {name!r}. The verbs are {', '.join(VERBS)}.{_nearest(name, VERBS)}"
-
-
-def _nearest(name: str, allowed: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(allowed), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    return f"There is no verb {name!r}. The verbs are {', '.join(VERBS)}.{did_you_mean(name, VERBS)}"
 
 
 def _fail(message: str, code: int) -> int:

@@ -15,21 +15,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="the output folder of an extraction")
     parser.add_argument("--output", required=True, metavar="FILE.parquet", help="the file to write")
     parser.add_argument("--threshold", type=float, default=0.7, help="the lowest score; default: 0.7")
-    parser.add_argument(
-        "--annotations", metavar="FILE", help="COCO's instances_*.json, to compare each object with its annotated one"
-    )
-    parser.add_argument(
-        "--iou", type=float, default=0.5, help="the smallest overlap that counts as found; default: 0.5"
-    )
+    parser.add_argument("--annotations", metavar="FILE", help="COCO's instances_*.json, to compare the objects with")
+    parser.add_argument("--iou", type=float, default=0.5, help="the smallest overlap of a match; default: 0.5")
     parser.add_argument(
         "--key",
         choices=("query_embeddings", "decoder_output", "none"),
         default="query_embeddings",
         help="the source of the embeddings; default: query_embeddings; none: a table without",
     )
-    parser.add_argument(
-        "--layer", type=int, default=-1, help="decoder_output: the layer, from 0; default: -1, the last"
-    )
+    parser.add_argument("--layer", type=int, default=-1, help="decoder_output: the layer; default: -1, the last")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
 

@@ -58,14 +58,8 @@ def announcement(job: Job, free: int | None) -> list[RenderableType]:
     if not data.records:
         return [*lines]
     record = data.records[0]
-    table = Table(
-        "key",
-        "shape",
-        "dtype",
-        "bytes",
-        title=f"Each image, such as {record.file_name} ({record.width}x{record.height})",
-        title_justify="left",
-    )
+    title = f"Each image, such as {record.file_name} ({record.width}x{record.height})"
+    table = Table("key", "shape", "dtype", "bytes", title=title, title_justify="left")
     table.columns[3].justify = "right"
     shape = model.detr.architecture.shape
     features = model.detr.architecture.feature_sizes(data.resize(record.size))

@@ -11,7 +11,7 @@ import yaml
 
 from detr_lightning import shipped
 from detr_lightning.command.settings import GROUPS, LINKS, names, trainer_names
-from detr_lightning.errors import SettingError
+from detr_lightning.errors import SettingError, did_you_mean
 
 LIGHTNINGS = ("trainer", "seed_everything", "print_config")
 """Top-level keys that Lightning checks."""
@@ -116,7 +116,5 @@ def _check_name(verb: str, name: str, where: str, flag: bool = False) -> None:
 def _nearest(name: str, allowed: Iterable[str]) -> str:
     # A name whose group is missing is near to the one that has it.
     by_last = {setting.rpartition(".")[2]: setting for setting in allowed}
-    near = difflib.get_close_matches(name, list(allowed), n=1) or [
-        by_last[match] for match in difflib.get_close_matches(name, list(by_last), n=1)
-    ]
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = difflib.get_close_matches(name, by_last, n=1)
+    return did_you_mean(name, allowed) or (f" Did you mean {by_last[near[0]]!r}?" if near else "")

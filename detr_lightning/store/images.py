@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import difflib
 import operator
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor
 
-from detr_lightning.errors import SettingError, UnknownImageError, count
+from detr_lightning.errors import SettingError, UnknownImageError, count, did_you_mean
 from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.metadata import MetadataFile
 from detr_lightning.format.schema import LANCE
@@ -161,9 +160,8 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
         """
         for key in keys:
             if key not in self.embedding_keys:
-                near = difflib.get_close_matches(key, self.embedding_keys, n=1)
-                hint = f"Did you mean {near[0]!r}? " if near else ""
+                hint = did_you_mean(key, self.embedding_keys)
                 raise SettingError(
-                    f"{self.name} holds no {key!r}, only {', '.join(self.embedding_keys)}. {hint}"
+                    f"{self.name} holds no {key!r}, only {', '.join(self.embedding_keys)}.{hint} "
                     f"Name {key} in model.keys, or choose an extract_type that has it, and extract into another folder."
                 )

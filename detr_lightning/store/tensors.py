@@ -25,10 +25,14 @@ class Tensors(Protocol):
         """Return all tensors of an image."""
 
     def read(self, image_id: int, key: str) -> Tensor:
-        """Return one tensor of an image, without reading the others."""
+        """Return one tensor of an image, without reading the others where that is possible."""
+        return self.load(image_id)[key]
 
     def each(self, image_ids: Sequence[int], key: str, use: Callable[[int, Tensor], None]) -> Iterator[None]:
         """Call `use(index, tensor)` for each of many images, perhaps in threads, and yield after each."""
+        for index, image_id in enumerate(image_ids):
+            use(index, self.read(image_id, key))
+            yield
 
 
 class FileTensors:
@@ -78,7 +82,7 @@ class FileTensors:
         yield from in_threads(read_and_use, range(len(image_ids)), _THREADS, "", progress=False)
 
 
-class MemoryTensors:
+class MemoryTensors(Tensors):
     """Tensors that are in memory.
 
     Args:
@@ -96,13 +100,3 @@ class MemoryTensors:
     def load(self, image_id: int) -> dict[str, Tensor]:
         """Return all tensors of an image."""
         return dict(self._images[image_id])
-
-    def read(self, image_id: int, key: str) -> Tensor:
-        """Return one tensor of an image."""
-        return self._images[image_id][key]
-
-    def each(self, image_ids: Sequence[int], key: str, use: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """Call `use(index, tensor)` for each of many images, and yield after each."""
-        for index, image_id in enumerate(image_ids):
-            use(index, self.read(image_id, key))
-            yield
