@@ -38,9 +38,8 @@ class GroundTruth:
         whole = all(type(number) is int for number in ids)
         self._ids = np.array(ids if whole else [None if number is None else str(number) for number in ids], object)
         self._categories = dict(categories)
-        empty = {name: np.empty(0, object) for name in COMPARED} | {"iou": np.empty(0, np.float64)}
-        self.no_rows = empty
-        """What `compare` returns for no detection."""
+        self.no_rows = {name: np.empty(0, object) for name in COMPARED} | {"iou": np.empty(0, np.float64)}
+        """The columns of `compare` for no detection."""
 
     @property
     def text_ids(self) -> bool:

@@ -44,17 +44,10 @@ def align(one: pd.DataFrame, other: pd.DataFrame, iou: float = 0.5) -> pd.DataFr
     for file_name, rows in groups.items():
         others = by_file.get(file_name, np.empty(0, np.int64))
         mine, theirs = one.iloc[rows], other.iloc[others]
-        annotated = Annotated(
-            theirs["category_id"].to_numpy(), theirs[CORNERS].to_numpy(float), np.zeros(len(theirs), bool)
-        )
-        found = assign(
-            mine[CORNERS].to_numpy(float),
-            mine["score"].to_numpy(),
-            mine["category_id"].to_numpy(),
-            annotated,
-            iou,
-            same_category=False,
-        )
+        boxes, other_boxes = (side[CORNERS].to_numpy(float) for side in (mine, theirs))
+        annotated = Annotated(theirs["category_id"].to_numpy(), other_boxes, np.zeros(len(theirs), bool))
+        scores, categories = mine["score"].to_numpy(), mine["category_id"].to_numpy()
+        found = assign(boxes, scores, categories, annotated, iou, same_category=False)
         for position in np.flatnonzero(found.outcome == "matched"):
             partner = others[found.annotated[position]]
             pairs.append({"one": int(rows[position]), "other": int(partner), "iou": float(found.iou[position])})

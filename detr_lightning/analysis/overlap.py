@@ -45,12 +45,12 @@ class Assignment(NamedTuple):
 
 
 OUTCOMES = {
-    "matched": "the detection of this annotated object",
-    "crowd": "on a crowd of its category: COCO does not count it as an error",
+    "matched": "matched with an annotated object",
+    "crowd": "overlaps a crowd of its category: COCO does not count it as an error",
     "localization": "the right category, but too little overlap",
-    "classification": "on an annotated object of another category",
-    "duplicate": "on an object of its category that another detection already has",
-    "background": "on no annotated object",
+    "classification": "overlaps an annotated object of another category",
+    "duplicate": "overlaps an object of its category that is matched with another detection",
+    "background": "overlaps no annotated object",
     "both": "another category, and too little overlap",
 }
 """The outcomes of a detection. The errors are those of TIDE (Bolya et al., 2020), decided in the order of its code."""
@@ -90,8 +90,8 @@ def assign(
 ) -> Assignment:
     """Match the detections of an image with its annotated objects, one to one, as COCO's evaluation does.
 
-    Detections take their turn by score. Each takes the object of its category that it overlaps most, if that is `iou`
-    or more and no other detection has it already.
+    By descending score, each detection is matched with the free object of its category that it overlaps most, if
+    that overlap is `iou` or more.
 
     Args:
         boxes: `[N, 4]`, corners.

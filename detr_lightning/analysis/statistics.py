@@ -1,7 +1,7 @@
-"""Statistics of objects that respect their images: intervals, probes, and precision of neighbours.
+"""Statistics of objects, grouped by image: bootstrap intervals, probes, and precision of neighbours.
 
-Objects in one image share its light and its clutter. So whole images are drawn, whole images are held out, and an
-object's neighbours are looked for in other images.
+Objects in one image are not independent. So whole images are resampled or held out, and an object's neighbours are
+searched in other images.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class GroupMeans(NamedTuple):
     """The mean of a column in each group, with bootstrap intervals over images."""
 
     summary: pd.DataFrame
-    """For each group `objects`, `images`, `mean`, and the interval `low` to `high`; no interval (NaN) for a group that
-    lies in a single image, since nothing is known of how images differ."""
+    """For each group `objects`, `images`, `mean`, and the interval `low` to `high`; no interval (NaN) for a group in
+    a single image, since the variance between images cannot be estimated."""
     draws: pd.DataFrame
     """`[draws, groups]`: the mean in each draw of images. The draws are the same for all groups."""
     level: float
@@ -37,7 +37,7 @@ class GroupMeans(NamedTuple):
     def difference(self, one: Any, other: Any) -> tuple[float, float, float]:
         """Return how much larger the mean of one group is, and the interval of this difference.
 
-        Two intervals that overlap may still differ: the interval of the difference is narrower than they suggest.
+        Two groups may differ although their intervals overlap: all groups share the draws.
         """
         gap = self.draws[one] - self.draws[other]
         low, high = _interval(gap, self.level)
@@ -102,7 +102,7 @@ def probe(
     Features are standardised and classified by logistic regression, cross-validated with whole images in each fold.
 
     Args:
-        features: `[N, d]` by name, such as `box_features` returns them.
+        features: `[N, d]` by name, such as `object_features` returns them.
         labels: `[N]`.
         image_ids: `[N]`.
         folds: How many parts the images are split into.
@@ -146,7 +146,7 @@ def precision_at_k(
 
     Args:
         table: Rows with `embedding`, `image_id` and the label.
-        ks: How many neighbours. Where a table has fewer, those that there are count.
+        ks: How many neighbours. Where a table has fewer, all of them count.
         label: The column to compare.
         other_images: Leave out neighbours from the object's own image, which would be too easy.
 

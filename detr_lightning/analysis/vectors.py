@@ -34,8 +34,8 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def linear_cka(one: Sequence[np.ndarray], other: Sequence[np.ndarray], debiased: bool = False) -> np.ndarray:
     """Return the linear centered kernel alignment of each matrix of one list with each of the other.
 
-    It compares how two representations arrange the same rows, whatever their axes: 1 where they differ by a rotation
-    and a scale only (Kornblith et al., 2019).
+    It compares two representations of the same rows: 1 where they differ by a rotation and a scale only (Kornblith et
+    al., 2019).
 
     Args:
         one: Matrices `[N, d]`; `d` may differ.

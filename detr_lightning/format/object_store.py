@@ -18,21 +18,10 @@ try:
     import lance
     import pyarrow as pa
     from lance.file import LanceFileSession
-    from lance.fragment import write_fragments
 except ImportError as missing:
     raise MissingPackageError("writer.layout lance needs Lance: pip install 'detr-lightning[lance]'.") from missing
 
-__all__ = [
-    "exists",
-    "explained",
-    "lance",
-    "pa",
-    "read_file",
-    "remove_file",
-    "table_uri",
-    "write_file",
-    "write_fragments",
-]
+__all__ = ["exists", "explained", "lance", "pa", "read_file", "remove_file", "table_uri", "write_file"]
 
 
 def table_uri(output_dir: str | os.PathLike[str]) -> str:

@@ -15,7 +15,7 @@ from detr_lightning.errors import InputError
 from detr_lightning.format.columns import FIELDS, RECORD, Row, to_batch, to_entry, to_tensors
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.keys import shape_of
-from detr_lightning.format.object_store import exists, explained, lance, pa, table_uri, write_fragments
+from detr_lightning.format.object_store import exists, explained, lance, pa, table_uri
 from detr_lightning.format.schema import RunRecord
 
 PLANNED = "detr_lightning.num_planned"
@@ -228,4 +228,4 @@ def write_rows(output_dir: str | os.PathLike[str], schema: pa.Schema, rows: Sequ
     batches = (to_batch(schema, rows[start : start + ROWS_AT_ONCE]) for start in starts)
     with explained(table_uri(output_dir)):
         reader = pa.RecordBatchReader.from_batches(schema, batches)
-        return list(write_fragments(reader, table_uri(output_dir), schema=schema))
+        return list(lance.fragment.write_fragments(reader, table_uri(output_dir), schema=schema))

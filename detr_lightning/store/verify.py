@@ -52,9 +52,8 @@ def verify(folder: str | os.PathLike[str], workers: int | None = None, progress:
     expected = _Expected.of(metadata)
 
     def check(image_id: int) -> list[str]:
-        if store.is_table:
-            return list(_guarded(f"image {image_id}", _row_problems(store, expected, image_id)))
-        return list(_guarded(file_name(image_id), _file_problems(store, expected, image_id)))
+        name = f"image {image_id}" if store.is_table else file_name(image_id)
+        return list(_guarded(name, (_row_problems if store.is_table else _file_problems)(store, expected, image_id)))
 
     for found in in_threads(check, metadata.image_ids, workers or os.cpu_count() or 1, "Verifying", progress):
         problems.extend(found)
@@ -82,10 +81,6 @@ class _Expected:
     dtype: str | None = None
     min_score: float | None = None
     scoring: str = "softmax"
-
-    @property
-    def num_queries(self) -> int:
-        return sys.maxsize if self.shape is None else self.shape.num_queries
 
     @classmethod
     def of(cls, metadata: MetadataFile) -> _Expected:
@@ -115,12 +110,10 @@ def _metadata_problems(metadata: MetadataFile) -> Iterator[str]:
     except InputError as error:
         yield f"{METADATA}: {error}, so some checks are left out."
     try:
-        failed = {entry.image_id for entry in metadata.failed()}
+        if both := sorted({entry.image_id for entry in metadata.failed()}.intersection(ids)):
+            yield f"{METADATA}: image {both[0]} is both extracted and failed ({len(both)} such images)."
     except InputError as error:
         yield f"{METADATA}: failed: {error}."
-    else:
-        if both := [image_id for image_id in ids if image_id in failed]:
-            yield f"{METADATA}: image {both[0]} is both extracted and failed ({len(both)} such images)."
 
 
 def _folder_problems(store: EmbeddingStore) -> Iterator[str]:
@@ -242,7 +235,8 @@ def _index_problems(
     queries, recorded = tensors[QUERY_INDEX].flatten().tolist(), store.entry(image_id).num_queries
     if recorded != len(queries):
         yield f"{QUERY_INDEX} has {len(queries)} queries, {METADATA} has {recorded}"
-    if queries != sorted(set(queries)) or (queries and not 0 <= queries[0] <= queries[-1] < expected.num_queries):
+    total = expected.shape.num_queries if expected.shape else sys.maxsize
+    if queries != sorted(set(queries)) or (queries and not 0 <= queries[0] <= queries[-1] < total):
         yield f"{QUERY_INDEX} does not list queries of the model in their order"
     if expected.min_score is not None and "pred_logits" in tensors and queries:
         lowest = probabilities(tensors["pred_logits"], expected.scoring).amax(-1).min().item()

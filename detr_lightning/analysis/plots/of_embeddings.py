@@ -49,18 +49,10 @@ def embedding_map(table: pd.DataFrame, method: str = "pca", max_categories: int 
         axes.scatter(points[rest, 0], points[rest, 1], s=size, color="#c4c4c4", alpha=0.6, linewidth=0, label=name)
     for rank, category_id in enumerate(shown):
         chosen = category_ids == category_id
-        name = table["category"].to_numpy()[chosen][0]
-        axes.scatter(
-            points[chosen, 0],
-            points[chosen, 1],
-            s=size,
-            color=color_of(int(category_id)),
-            marker=MARKERS[rank % len(MARKERS)],
-            alpha=0.85,
-            edgecolor="white",
-            linewidth=0.4,
-            label=f"{name}  {chosen.sum()}",
-        )
+        name, color = table["category"].to_numpy()[chosen][0], color_of(int(category_id))
+        x, y = points[chosen].T
+        dots = axes.scatter(x, y, size, color=color, marker=MARKERS[rank % len(MARKERS)], alpha=0.85)
+        dots.set(edgecolor="white", linewidth=0.4, label=f"{name}  {chosen.sum()}")
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(labels[0], color=INK)
     axes.set_ylabel(labels[1], color=INK)
@@ -127,10 +119,8 @@ def _project(vectors: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, t
                 "method='umap' needs umap-learn: pip install umap-learn. 'pca' does without."
             ) from error
         neighbours = min(15, len(vectors) - 1)
-        return UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed, n_jobs=1).fit_transform(vectors), (
-            "UMAP 1",
-            "UMAP 2",
-        )
+        points = UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed, n_jobs=1).fit_transform(vectors)
+        return points, ("UMAP 1", "UMAP 2")
     try:
         from sklearn.decomposition import PCA
     except ImportError as error:
