@@ -36,10 +36,9 @@ def match(
 ) -> Match:
     """Match detections with COCO's annotations of the same images, one to one.
 
-    As in COCO's evaluation, detections take their turn by score, and each takes the annotated object of its category
-    that it overlaps most, if that is `iou` or more and no other detection has it already. Crowds are left out.
-    For what embeddings tell of an object's category, let the model's own opinion of it not choose the objects:
-    `same_category=False` matches by place alone.
+    As in COCO's evaluation, by descending score each detection is matched with the free annotated object of its
+    category that it overlaps most, if that overlap is `iou` or more. Crowds are left out. To study how embeddings
+    encode the category, match by boxes alone (`same_category=False`), so that errors of the model are included.
 
     Args:
         store: The extraction.
@@ -53,7 +52,7 @@ def match(
         `annotated`: a row for each annotated object of the store's images, with every field of its annotation (its
         `id` is `annotation_id`), `file_name`, `category`, `area_class` (small, medium, large), `found`, and, where it
         was found, `query`, `score`, `iou`, the corners of the detected box, and `embedding`. `unmatched`: the other
-        detections; `on_crowd` tells whether one lies on a crowd, where COCO does not count it as an error.
+        detections; `on_crowd` is True for one that overlaps a crowd, which COCO does not count as an error.
 
     Raises:
         FileNotFoundError: There is no such annotation file.

@@ -11,7 +11,7 @@ AREAS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
 """COCO's classes of an object's area in pixels: each reaches up to its number."""
 
 BACKGROUND_IOU = 0.1
-"""A detection that overlaps no annotated object more than this lies on the background, as in TIDE."""
+"""A detection that overlaps no annotated object by more than this counts as background, as in TIDE."""
 
 
 class Annotated(NamedTuple):
