@@ -14,6 +14,8 @@ from jupyter_client import KernelManager
 from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 
+from detr_lightning.shipped import DEMO
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -79,11 +81,30 @@ def test_runs_on_the_demo(kernel: KernelManager, path: Path, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_survives_finding_nothing(kernel: KernelManager, path: Path, tmp_path: Path) -> None:
-    said = "".join(str(output.get("text", "")) for output in outputs(execute(kernel, path, tmp_path, THRESHOLD=1.0)))
-    assert "No query of 40 images scores 1.0 or more; the best is 0.9" in said
-    assert re.search(r"^0 (of \d+ (annotated )?)?objects", said, re.MULTILINE)
+    made = outputs(execute(kernel, path, tmp_path, THRESHOLD=1.0))
+    said = "\n".join(str(output.get("text", "") or output.get("data", {}).get("text/plain", "")) for output in made)
+    assert re.search(r"No query of (24|40) images scores 1.0 or more; the best is 0.9", said)
+    assert re.search(r"^(0 (of \d+ (annotated )?)?objects|'Nothing to show)", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize("model_type", ["rt_detr_v2", "rf_detr", "table-transformer"])
+def test_the_first_runs_with_other_detectors(
+    kernel: KernelManager, tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests" / "model")
+    from family_reference import build, save
+
+    weights = save(build(model_type), tmp_path / "weights")
+    data = {"images": str(DEMO / "images"), "weights": str(weights), "output_dir": str(tmp_path / "out"), "limit": 6}
+    notebook = execute(kernel, NOTEBOOKS[0], tmp_path, DATA=data)
+    made = outputs(notebook)
+    pictures = [output for output in made if "image/png" in output.get("data", {})]
+    said = "".join(output.text for output in made if output.output_type == "stream")
+    dense = model_type == "table-transformer"
+    assert len(pictures) == 2 + dense
+    assert ("there are no weights for every place" in said) != dense
 
 
 @pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="../shared, with a sample of COCO, is not there")
