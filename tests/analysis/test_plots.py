@@ -12,9 +12,11 @@ from PIL import Image
 from store_factory import annotations_of, make_store
 
 from detr_lightning.analysis import plots
-from detr_lightning.analysis.objects import objects
+from detr_lightning.analysis.objects import objects, write
 from detr_lightning.analysis.plots.style import color_of, ink_on
+from detr_lightning.analysis.search import ObjectSearch
 from detr_lightning.format.keys import KEYS
+from detr_lightning.shipped import DEMO
 from detr_lightning.store import EmbeddingStore
 
 
@@ -26,6 +28,21 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
         pixels = np.random.default_rng(image["id"]).integers(0, 255, (image["height"], image["width"], 3), np.uint8)
         Image.fromarray(pixels).save(folder / image["file_name"], quality=50)
     return make_store(folder / "store", content, keys=KEYS, image_dir=folder)
+
+
+@pytest.fixture(scope="module")
+def sigmoid_store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    """What an RT-DETRv2 of random weights, three feature levels and labels of its own makes of the demo's pictures."""
+    from detr_lightning import extract
+
+    folder = tmp_path_factory.mktemp("rt_detr_v2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "model")
+        from family_reference import build, save
+
+        weights = save(build("rt_detr_v2"), folder / "weights")
+    extract(DEMO / "images", weights=weights, output_dir=folder / "out", limit=6, progress=False)
+    return EmbeddingStore(folder / "out")
 
 
 def drawn(figure: Figure, path: Path) -> np.ndarray:
@@ -115,6 +132,40 @@ def test_a_map_of_embeddings_names_its_categories(store: EmbeddingStore, tmp_pat
         plots.embedding_map(table[:2])
     with pytest.raises(ValueError, match="method is 'tsne'"):
         plots.embedding_map(table, "tsne")
+
+
+def test_every_picture_of_a_model_with_sigmoid_scores_and_several_levels(
+    sigmoid_store: EmbeddingStore, tmp_path: Path
+) -> None:
+    store, image_id = sigmoid_store, sigmoid_store.image_ids[1]
+    table = objects(store, 0.5)
+    own = table[table.image_id == image_id]
+    assert len(own) > 3
+    assert set(table.category) <= {"cat", "dog", "hamster", "tortoise", "canary"}
+    probabilities = store.load(image_id, "pred_logits").sigmoid().amax(-1).numpy()
+    assert np.allclose(own.score, probabilities[own["query"]])
+
+    write(table, tmp_path / "objects.parquet")
+    picture = np.asarray(Image.open(store.image_path(image_id)).convert("RGB"))
+    found = ObjectSearch(tmp_path / "objects.parquet").search(np.stack(own.embedding), 3)
+    figures = {
+        "detections": plots.detections(store, image_id, threshold=0.5),
+        "embedding_map": plots.embedding_map(table),
+        "layer_similarity": plots.layer_similarity(store),
+        "neighbours": plots.neighbours(store, table, [0, 3], k=3),
+        "search_results": plots.search_results(store, own, found, picture),
+    }
+    assert {*figures, "attention"} == set(plots.__all__)
+    for name, figure in figures.items():
+        drawn(figure, tmp_path / f"{name}.png")
+    labels = {f"{row.category} {row.score:.2f}" for row in own.itertuples()}
+    assert set(texts(figures["detections"])) <= labels
+    assert {axes.get_title() for axes in figures["search_results"].axes[::4]} == labels
+    assert {text.get_text().split()[0] for text in figures["embedding_map"].legends[0].get_texts()} == set(
+        table.category
+    )
+    with pytest.raises(ValueError, match=r"is of a rt_detr_v2, whose decoder attends to a few points"):
+        plots.attention(store, image_id)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("umap") is not None, reason="umap-learn is installed")

@@ -86,8 +86,10 @@ def attention(
     Raises:
         FileNotFoundError: The image is not there.
         KeyError: The store holds no such image.
-        ValueError: The folder lacks a key, there is no such query, or nothing reaches the threshold.
+        ValueError: The folder lacks a key, the model has no cross-attention over all places, there is no such query, or
+            nothing reaches the threshold.
     """
+    _check_dense(store)
     store.require("cross_attention", "pred_logits", "pred_boxes")
     picture = _picture(store, image_id, image_dir)
     if query is None:
@@ -119,6 +121,22 @@ def attention(
     for axes in panels:
         axes.set_axis_off()
     return figure
+
+
+def _check_dense(store: EmbeddingStore) -> None:
+    """Refuse a model whose cross-attention no file can hold.
+
+    Raises:
+        SettingError: Its decoder attends to a few points of each feature map.
+    """
+    from detr_lightning.model.family import MODEL_TYPES
+
+    family = store.metadata_file.settings.model.family
+    if family in MODEL_TYPES and not MODEL_TYPES[family].dense:
+        raise SettingError(
+            f"{store.name} is of a {family}, whose decoder attends to a few points of each feature map: there is no "
+            "cross-attention over the image to draw."
+        )
 
 
 def _objects(store: EmbeddingStore, image_id: int, threshold: float) -> pd.DataFrame:
