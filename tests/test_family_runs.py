@@ -32,9 +32,10 @@ def reference() -> Any:
 def folders(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     names = {0: "person", 1: "bicycle", 2: "car"}
     labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    sizes = {"rt_detr_v2": {"height": 96, "width": 128}, "conditional_detr": reference.SIDES}
     return {
-        model_type: reference.save(reference.build(model_type, **labels), tmp_path_factory.mktemp(model_type))
-        for model_type in ("rt_detr_v2", "conditional_detr")
+        model_type: reference.save(reference.build(model_type, **labels), tmp_path_factory.mktemp(model_type), size)
+        for model_type, size in sizes.items()
     }
 
 
@@ -79,7 +80,7 @@ def test_a_model_of_several_levels(
     assert store.metadata["preprocessing"]["processor"] == "RTDetrImageProcessor"
     assert store.metadata["preprocessing"]["backend"] == "torchvision"
     entry = store.metadata["images"][0]
-    assert (entry["feature_sizes"], entry["backbone_size"]) == ([[16, 16], [8, 8], [4, 4]], [4, 4])
+    assert (entry["feature_sizes"], entry["backbone_size"]) == ([[12, 16], [6, 8], [3, 4]], [3, 4])
     assert "feature_size" not in entry
 
     checkpoint = checkpoints.load(str(folder))
@@ -87,16 +88,19 @@ def test_a_model_of_several_levels(
     network: Any = checkpoint.model
     for image_id in store:
         with Image.open(images / f"{image_id}.png") as image:
-            pixels = checkpoint.processor(image.convert("RGB"), (128, 128))
+            pixels = checkpoint.processor(image.convert("RGB"), (96, 128))
         expected = reference.reference_outputs(network.model, pixels[None])
         for key, tensor in store[image_id].items():
             torch.testing.assert_close(tensor, expected[key][0], rtol=1e-4, atol=1e-5)
         assert torch.equal(store[image_id]["decoder_output"][-1], store[image_id]["query_embeddings"])
+        for level, grid in enumerate(reference.level_maps(network.model, pixels[None])):
+            torch.testing.assert_close(store.feature_map(image_id, level=level), grid[0], rtol=1e-4, atol=1e-5)
 
-    whole = store[2]["encoder_output"]
-    maps = [store.feature_map(2, level=level) for level in range(3)]
-    assert [tuple(one.shape) for one in maps] == [(32, 16, 16), (32, 8, 8), (32, 4, 4)]
-    assert torch.equal(torch.cat([one.flatten(1) for one in maps], dim=1).T, whole)
+    assert [tuple(store.feature_map(2, level=level).shape) for level in range(3)] == [
+        (32, 12, 16),
+        (32, 6, 8),
+        (32, 3, 4),
+    ]
     with pytest.raises(ValueError, match="level is 3; image 2 has levels 0 to 2"):
         store.feature_map(2, level=3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,25 +171,18 @@ def scrambled(model: Any) -> Any:
 def reference_outputs(model: Any, images: Tensor) -> dict[str, Tensor]:
     """Run transformers' model by itself and collect, under our names, what it computes on its way."""
     inner = model.model
-    seen: dict[str, Any] = {"decoder": [], "encoder": []}
+    seen: dict[str, Any] = {}
     body = inner.conv_encoder.model if model.config.model_type == "deimv2" else inner.backbone
     hooks = [
         body.register_forward_hook(lambda _m, _a, out: seen.__setitem__("backbone", out)),
         inner.decoder.register_forward_pre_hook(
             lambda _m, _a, kwargs: seen.__setitem__("memory", kwargs["encoder_hidden_states"]), with_kwargs=True
         ),
-        *(
-            layer.register_forward_hook(
-                lambda _m, _a, out: seen["decoder"].append(out[0] if isinstance(out, tuple) else out)
-            )
-            for layer in inner.decoder.layers
-        ),
     ]
     with torch.no_grad():
         out = model(pixel_values=images)
     for hook in hooks:
         hook.remove()
-    norm = getattr(inner.decoder, "layernorm", None) or torch.nn.Identity()
     backbone = seen["backbone"]
     if model.config.model_type == "rf_detr":
         backbone = backbone[0]
@@ -199,11 +193,67 @@ def reference_outputs(model: Any, images: Tensor) -> dict[str, Tensor]:
     return {
         "backbone_features": backbone,
         "encoder_output": seen["memory"],
-        "decoder_output": torch.stack([norm(x) for x in seen["decoder"]], dim=1),
+        "decoder_output": decoder_states(model, images),
         "query_embeddings": out.last_hidden_state,
         "pred_logits": out.logits,
         "pred_boxes": out.pred_boxes,
     }
+
+
+def decoder_states(model: Any, images: Tensor) -> Tensor:
+    """Return each decoder layer's output as the heads read it, `[B, L, Q, d]`, from what transformers returns."""
+    with torch.no_grad():
+        states = model.model(pixel_values=images).get("intermediate_hidden_states")
+    if states is None:
+        return ending_after_each(model.model.decoder, lambda: model.model(pixel_values=images).last_hidden_state)
+    return states if len(states) == len(images) != model.config.decoder_layers else states.transpose(0, 1)
+
+
+def encoder_states(model: Any, images: Tensor) -> Tensor:
+    """Return each encoder layer's output as the decoder would read it, `[B, L, N, d]`."""
+    settings = {"pixel_values": images, "output_hidden_states": True}
+    return ending_after_each(model.model.encoder, lambda: model.model(**settings).encoder_last_hidden_state)
+
+
+def ending_after_each(part: Any, run: Callable[[], Tensor]) -> Tensor:
+    """Return what a model returns if its encoder or decoder ends after the first, the second, ... layer."""
+    layers, states = part.layers, []
+    with torch.no_grad():
+        for number in range(1, len(layers) + 1):
+            part.layers = layers[:number]
+            states.append(run())
+    part.layers = layers
+    return torch.stack(states, dim=1)
+
+
+def attention_of_each_layer(model: Any, images: Tensor) -> Tensor:
+    """Return what each decoder layer's cross-attention computes, averaged over heads, `[B, L, Q, N]`."""
+    model.set_attn_implementation("eager")  # others do not return weights
+    seen: list[Tensor] = []
+    layers = model.model.decoder.layers
+    modules = [layer.cross_attn.cross_attn if hasattr(layer, "cross_attn") else layer.encoder_attn for layer in layers]
+    hooks = [module.register_forward_hook(lambda _m, _a, out: seen.append(out[1])) for module in modules]
+    with torch.no_grad():
+        model.model(pixel_values=images, output_attentions=True)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([sum(weights.unbind(1)) / weights.shape[1] for weights in seen], dim=1)
+
+
+def level_maps(model: Any, images: Tensor) -> list[Tensor]:
+    """Return the feature maps that the decoder of an RT-DETR or its kin reads, each `[B, d, H, W]`, before they are
+    put after each other.
+    """
+    with torch.no_grad():
+        maps = model(pixel_values=images).encoder_last_hidden_state
+        return [project(one) for project, one in zip(model.model.decoder_input_proj, maps, strict=True)]
+
+
+def last_head(model: Any) -> Any:
+    """Return the layer that makes logits of the last decoder layer's states."""
+    head = getattr(model, "class_labels_classifier", None) or getattr(model, "class_embed", None)
+    head = head if head is not None else model.model.decoder.class_embed
+    return head[-1] if isinstance(head, torch.nn.ModuleList) else head
 
 
 def save(model: Any, folder: Path, size: dict[str, int] | None = None) -> Path:

@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family_reference import LABELS, MODELS, SQUARE, build, reference_outputs, save
+from family_reference import (
+    LABELS,
+    MODELS,
+    SQUARE,
+    attention_of_each_layer,
+    build,
+    encoder_states,
+    last_head,
+    reference_outputs,
+    save,
+)
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,6 +32,12 @@ from detr_lightning.model import checkpoints
 from detr_lightning.model.detr.transformer import Linear
 from detr_lightning.model.family import MODEL_TYPES
 from detr_lightning.model.labels import coco_names
+
+STRIDES = {
+    "deformable_detr": (8, 16, 32, 64),
+    **dict.fromkeys(("rt_detr", "rt_detr_v2", "d_fine", "deimv2"), (8, 16, 32)),
+}
+"""The strides of the feature maps that the decoder reads, in their order, of the models that have several."""
 
 TWO_STAGE = {"rt_detr", "rt_detr_v2", "d_fine", "deimv2", "rf_detr", "lw_detr"}
 
@@ -105,6 +121,10 @@ def test_every_tensor_is_that_of_transformers(family: Any, model_type: str) -> N
             for batch in batches:
                 assert all(error(one, truth[key][0]) <= 1e-5 for one in batch[key][index : index + 1]), key
     assert torch.equal(alone["decoder_output"][:, -1], alone["query_embeddings"])
+    if model_type not in ("d_fine", "deimv2"):  # Their logits depend on the predicted box as well.
+        assert error(last_head(theirs)(alone["query_embeddings"]), alone["pred_logits"]) <= 1e-5
+    for level, stride in enumerate(STRIDES.get(model_type, ())):
+        assert features.levels[level] == tuple(-(-side // stride) for side in size)
     assert (checkpoint.family, checkpoint.scoring) == (model_type, MODEL_TYPES[model_type].scoring)
     assert checkpoint.category_names == LABELS
 
@@ -120,7 +140,7 @@ def test_layers_that_nothing_reads_are_not_computed(family: Any, model_type: str
 
 @pytest.mark.parametrize("model_type", ["table-transformer", "conditional_detr", "dab-detr", "deformable_detr"])
 def test_encoder_layers_and_attention(family: Any, model_type: str) -> None:
-    _, folder = family(model_type)
+    theirs, folder = family(model_type)
     model = checkpoints.load(str(folder)).model
     on_request = [key for key in ("encoder_layers", "cross_attention") if key in model.keys]
     pixels = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
@@ -132,7 +152,9 @@ def test_encoder_layers_and_attention(family: Any, model_type: str) -> None:
         assert tuple(out[key][0].shape) == shape_of(key, model.architecture.shape, features)
     assert torch.equal(out["encoder_layers"][:, -1], out["encoder_output"])
     assert error(out["query_embeddings"], again["query_embeddings"]) < 1e-6
+    assert error(out["encoder_layers"], encoder_states(theirs, pixels)) <= 1e-5
     if "cross_attention" in on_request:
+        assert error(out["cross_attention"], attention_of_each_layer(theirs, pixels)) <= 1e-5
         torch.testing.assert_close(out["cross_attention"].sum(-1), torch.ones(out["cross_attention"].shape[:-1]))
 
 
