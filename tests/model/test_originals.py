@@ -1,13 +1,15 @@
 """RF-DETR against the package it comes from, and RT-DETR against its repository, where they are at hand.
 
-`pip install rfdetr`; `RT_DETR_CHECKOUT=checkout of github.com/lyuwenyu/RT-DETR`.
+`pip install rfdetr`; `RT_DETR_CHECKOUT=checkout of github.com/lyuwenyu/RT-DETR`, which holds both versions.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,7 @@ RT_DETR_NAMES = {
     r"^(model\.backbone.*)\.norm\.": r"\1.normalization.",
     r"^(en|de)coder\.input_proj\.(\d)\.conv\.": r"model.\1coder_input_proj.\2.0.",
     r"^(en|de)coder\.input_proj\.(\d)\.norm\.": r"model.\1coder_input_proj.\2.1.",
+    r"^encoder\.input_proj\.": "model.encoder_input_proj.",  # RT-DETR's first version
     r"^encoder\.encoder\.": "model.encoder.encoder.",
     r"^encoder\.": "model.encoder.",
     r"^(model\.encoder\.encoder.*)\.norm2\.": r"\1.final_layer_norm.",
@@ -146,24 +149,48 @@ def rt_detr_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def test_rt_detr_v2_is_that_of_its_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", ["RTDetr", "RTDetrV2"])
+def test_rt_detr_is_that_of_its_repository(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkout = os.environ.get("RT_DETR_CHECKOUT")
     if not checkout:
         pytest.skip("needs RT_DETR_CHECKOUT, a checkout of github.com/lyuwenyu/RT-DETR")
-    monkeypatch.syspath_prepend(str(Path(checkout) / "rtdetrv2_pytorch"))
+    part = Path(checkout) / ("rtdetrv2_pytorch" if version == "RTDetrV2" else "rtdetr_pytorch")
     for name in [name for name in sys.modules if name == "src" or name.startswith("src.")]:
         monkeypatch.delitem(sys.modules, name)
-    from src.nn.backbone.presnet import PResNet
-    from src.zoo.rtdetr.hybrid_encoder import HybridEncoder
-    from src.zoo.rtdetr.rtdetr import RTDETR
-    from src.zoo.rtdetr.rtdetrv2_decoder import RTDETRTransformerv2
+    # Without what the packages themselves import: data sets and training, for older releases of torchvision.
+    for package in ("src", "src.nn", "src.nn.backbone", "src.zoo", "src.zoo.rtdetr"):
+        module = types.ModuleType(package)
+        module.__path__ = [str(part.joinpath(*package.split(".")))]
+        monkeypatch.setitem(sys.modules, package, module)
+    core: Any = types.ModuleType("src.core")
+    core.register = lambda *found, **_settings: found[0] if found and callable(found[0]) else lambda made: made
+    monkeypatch.setitem(sys.modules, "src.core", core)
+    monkeypatch.syspath_prepend(part)
+    decoders = {
+        "RTDetrV2": ("rtdetrv2_decoder", "RTDETRTransformerv2"),
+        "RTDetr": ("rtdetr_decoder", "RTDETRTransformer"),
+    }
+    file, decoder_class = decoders[version]
+    backbone_module, encoder_module, decoder_module, whole = (
+        importlib.import_module(f"src.{name}")
+        for name in ("nn.backbone.presnet", "zoo.rtdetr.hybrid_encoder", f"zoo.rtdetr.{file}", "zoo.rtdetr.rtdetr")
+    )
     from transformers import RTDetrResNetConfig
 
     torch.manual_seed(0)
     side = 160
-    encoder = HybridEncoder([128, 256, 512], hidden_dim=64, nhead=4, dim_feedforward=96, expansion=0.5)
-    decoder = RTDETRTransformerv2(80, 64, 30, [64, 64, 64], num_layers=3, nhead=4, dim_feedforward=96, num_denoising=10)
-    theirs = RTDETR(PResNet(18, return_idx=[1, 2, 3]), encoder, decoder).eval()
+    encoder = encoder_module.HybridEncoder([128, 256, 512], hidden_dim=64, nhead=4, dim_feedforward=96, expansion=0.5)
+    decoder = getattr(decoder_module, decoder_class)(
+        num_classes=80,
+        hidden_dim=64,
+        num_queries=30,
+        feat_channels=[64, 64, 64],
+        nhead=4,
+        dim_feedforward=96,
+        num_denoising=10,
+        **{"num_layers" if version == "RTDetrV2" else "num_decoder_layers": 3},
+    )
+    theirs = whole.RTDETR(backbone_module.PResNet(18, return_idx=[1, 2, 3]), encoder, decoder).eval()
     scramble(theirs, "score_head")
     body = RTDetrResNetConfig(
         hidden_sizes=[64, 128, 256, 512],
@@ -187,7 +214,7 @@ def test_rt_detr_v2_is_that_of_its_repository(tmp_path: Path, monkeypatch: pytes
         "num_denoising": 10,
         "num_labels": 80,
     }
-    folder = converted("RTDetrV2", rt_detr_state(theirs.state_dict()), tmp_path, side, **settings)
+    folder = converted(version, rt_detr_state(theirs.state_dict()), tmp_path, side, **settings)
     extractor = DETRExtractor(str(folder), keys=KEYS)
     pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     assert_equal(extractor, run(theirs, decoder.dec_score_head[-1], pixels), pixels)
