@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from rich.filesize import decimal
 
 from detr_lightning import EmbeddingStore
 from detr_lightning.analysis.matching import match
@@ -32,7 +35,11 @@ def reference() -> Any:
 def folders(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     names = {0: "person", 1: "bicycle", 2: "car"}
     labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
-    sizes = {"rt_detr_v2": {"height": 96, "width": 128}, "conditional_detr": reference.SIDES}
+    sizes = {
+        "rt_detr_v2": {"height": 96, "width": 128},
+        "conditional_detr": reference.SIDES,
+        "deformable_detr": reference.SIDES,
+    }
     return {
         model_type: reference.save(reference.build(model_type, **labels), tmp_path_factory.mktemp(model_type), size)
         for model_type, size in sizes.items()
@@ -200,3 +207,78 @@ def test_what_other_detectors_refuse(run_cli: Any, folders: dict[str, Path], ima
         assert ran.code == 1
         assert message in ran.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model_type", ["rt_detr_v2", "deformable_detr"])
+def test_the_plan_has_the_bytes_of_the_files(
+    run_cli: Any, folders: dict[str, Path], images: Path, tmp_path: Path, model_type: str
+) -> None:
+    output = tmp_path / "out"
+    asked = ["predict", "--data.image_dir", images, "--model.weights", folders[model_type], "--output_dir", output]
+    asked += ["--model.keys", "[backbone_features,encoder_output,decoder_output,pred_logits,pred_boxes]"]
+    asked += ["--writer.dtype", "float16"]
+    plans = {n: run_cli(*asked, "--data.image_ids", f"[{n}]", "--dry_run").err for n in (1, 2, 4)}
+    assert not output.exists()
+    assert run_cli(*asked).code == 0
+    store = EmbeddingStore(output)
+    for image_id, plan in plans.items():
+        planned = dict(re.findall(r"│ (\w+) +│ \[.*\] +│ \w+ +│ +([\d,]+) │", plan))
+        assert {key: int(size.replace(",", "")) for key, size in planned.items()} == {
+            key: tensor.nbytes for key, tensor in store[image_id].items()
+        }
+        total = sum(tensor.nbytes for tensor in store[image_id].values())
+        assert f"about {decimal(total + 2048)}" in plan
+        assert abs(store.path(image_id).stat().st_size - total - 2048) < 600
+
+
+def test_annotations_of_other_categories(run_cli: Any, folders: dict[str, Path], images: Path, tmp_path: Path) -> None:
+    asked = ["--data.image_dir", images, "--model.weights", folders["conditional_detr"]]
+    content = json.loads((images / "instances.json").read_text())
+    content["categories"][2] = {"id": 7, "name": "kite"}
+    for annotation in content["annotations"]:
+        annotation["category_id"] = {2: 7}.get(annotation["category_id"], annotation["category_id"])
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    refused = run_cli("validate", *asked, "--data.annotation_file", other)
+    assert refused.code == 1
+    assert "The annotations have categories that the model has no logit for: 7 (kite)" in refused.err
+    assert "the category ids 0 to 2" in refused.err
+    output = tmp_path / "out"
+    extracted = run_cli("predict", *asked, "--data.annotation_file", other, "--output_dir", output)
+    assert extracted.code == 0, extracted.err
+    assert "name categories differently: 7 is 'kite' in the annotations and no category in the model" in extracted.err
+
+    content["categories"] = [
+        {"id": n, "name": f"{category['name']}s"} for n, category in enumerate(content["categories"])
+    ]
+    for annotation in content["annotations"]:
+        annotation["category_id"] %= 3
+    other.write_text(json.dumps(content))
+    for command in (("validate", *asked, "--data.annotation_file"), ("evaluate", output, "--annotations")):
+        refused = run_cli(*command, other)
+        assert refused.code == 1
+        assert "0 is 'persons' in the annotations and 'person' in the model" in refused.err
+
+
+def test_values_that_overflow_are_refused_and_not_kept(
+    run_cli: Any, folders: dict[str, Path], images: Path, tmp_path: Path
+) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = Path(shutil.copytree(folders["conditional_detr"], tmp_path / "weights"))
+    tensors = safetensors.load_file(weights / "model.safetensors")
+    tensors["class_labels_classifier.weight"].sign_().mul_(3e38)  # Finite, and logits are not.
+    safetensors.save_file(tensors, weights / "model.safetensors", metadata={"format": "pt"})
+    output = tmp_path / "out"
+    asked = ["--data.image_dir", images, "--model.weights", weights, "--data.batch_size", "1"]
+    for precision in ("32-true", "bf16-mixed"):
+        ran = run_cli(
+            *("predict", *asked, "--output_dir", output, "--allow_slow_precision", "--trainer.precision", precision)
+        )
+        assert ran.code == 1
+        assert re.search(r"image \d: pred_logits has values that are not finite", ran.err)
+        assert not list(output.glob("*.pt"))
+        assert not (output / "metadata.json").exists()
+        shutil.rmtree(output, ignore_errors=True)
+    validated = run_cli("validate", *asked, "--data.annotation_file", images / "instances.json")
+    assert validated.code == 1
+    assert "pred_logits has values that are not finite" in validated.err
