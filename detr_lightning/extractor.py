@@ -19,6 +19,7 @@ from detr_lightning.model.checkpoints import load
 from detr_lightning.model.detr import DETR, fold
 from detr_lightning.model.family import FamilyDetector
 from detr_lightning.model.labels import compare_names
+from detr_lightning.model.replay import Replay
 from detr_lightning.system import allow_tf32, keep_freed_memory
 
 
@@ -75,6 +76,7 @@ class DETRExtractor(LightningModule):
         self.further_keys: tuple[str, ...] = ()
         """Keys that `predict_step` returns besides, for a writer that needs them."""
         self.network: DETR | FamilyDetector | None = None
+        self._replay: Replay | None = None
         self.results: list[dict[str, Any]] = []
         self.metrics: dict[str, float] = {}
         self.validated: list[int] = []
@@ -104,8 +106,11 @@ class DETRExtractor(LightningModule):
         allow_tf32(self.hparams["tf32"])
         network = fold(self.detr, dtype) if isinstance(self.detr, DETR) else self.detr.for_inference(dtype)
         self.network = network.to(self.device)
+        self._replay = None
         if self.hparams["compile"]:
             self.network.compile()
+        elif isinstance(self.network, DETR):
+            self._replay = Replay(self.network)
 
     def forward(
         self, pixels: Tensor, padding_mask: Tensor | None = None, keys: tuple[str, ...] | None = None
@@ -120,6 +125,8 @@ class DETRExtractor(LightningModule):
             self._build(self.dtype)
         assert self.network is not None
         keys = keys or self.keys
+        if pixels.is_cuda and padding_mask is None and self._replay is not None and torch.is_inference_mode_enabled():
+            return self._replay(pixels, keys)
         if pixels.device.type != "cpu" or len(pixels) == 1:
             out: dict[str, Tensor] = self.network(pixels, padding_mask, keys)
             return out

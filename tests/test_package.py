@@ -20,6 +20,7 @@ ORDER = (
     "launch",
     "system",
     "parallel",
+    "gpu",
     "ranks",
     "format",
     "model",

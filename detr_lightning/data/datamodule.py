@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -38,6 +39,7 @@ from detr_lightning.errors import (
     count,
 )
 from detr_lightning.format.preprocessing import Preprocessing
+from detr_lightning.gpu import to_device
 from detr_lightning.ranks import from_rank_0
 
 
@@ -328,6 +330,12 @@ class COCODataModule(LightningDataModule):
             names = {record.image_id: record.file_name for record in self.records}
             raise unreadable_image(self.source, names[image_id], reason)
         return batch
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Move a batch to the model's device."""
+        return to_device(batch, device)
 
     def _batch_size(self, trainer: Trainer | None) -> int:
         return self.batch_size or (4 if trainer is None or trainer.strategy.root_device.type == "cpu" else 8)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from torch import Tensor
 
-from detr_lightning.batch import HostBatch, keep_queries, sizes_of_batch, split, to_stored
+from detr_lightning.batch import HostBatch, image_at, keep_queries, sizes_of_batch, to_stored
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.data.sources import Known
 from detr_lightning.errors import SettingError, SettingTypeError, check_choice
@@ -106,7 +106,7 @@ class EmbeddingWriter(BasePredictionWriter):
         self.bytes_written = 0
         self._count = threading.Lock()
         self._pool: SideThreads | None = None
-        self._writing: set[Future[None]] = set()
+        self._writing: deque[Future[None]] = deque()
         self._keys: tuple[str, ...] = ()
         self._scoring = "softmax"
 
@@ -257,8 +257,8 @@ class EmbeddingWriter(BasePredictionWriter):
         for image_id, details in batch.get("details", {}).items():
             run.images[image_id] = replace(run.images[image_id], **details)
         arrived = HostBatch(prediction)
-        for (image_id, tensors), features in zip(split(arrived.tensors), sizes_of_batch(prediction), strict=True):
-            self._writing.add(pool.submit(self._write, image_id, features, tensors, arrived))
+        for index, features in enumerate(sizes_of_batch(prediction)):
+            self._writing.append(pool.submit(self._write, index, features, arrived))
         self._collect(QUEUED_IMAGES)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -296,20 +296,17 @@ class EmbeddingWriter(BasePredictionWriter):
     def _stop(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool, self._writing = None, set()
+            self._pool, self._writing = None, deque()
 
     def _collect(self, allowed: int) -> None:
         """Raise what a writing thread raised, and wait until no more than `allowed` images are waiting."""
-        done, self._writing = wait(self._writing, timeout=0)
-        while True:
-            for future in done:
-                future.result()
-            if len(self._writing) <= allowed:
-                return
-            done, self._writing = wait(self._writing, return_when=FIRST_COMPLETED)
+        while self._writing and (len(self._writing) > allowed or self._writing[0].done()):
+            self._writing.popleft().result()
 
-    def _write(self, image_id: int, features: FeatureSizes, tensors: dict[str, Tensor], arrived: HostBatch) -> None:
+    def _write(self, index: int, features: FeatureSizes, arrived: HostBatch) -> None:
         arrived.wait()
+        image_id = int(arrived.tensors["image_id"][index])
+        tensors = image_at(index, arrived.tensors, features)
         assert self.extraction is not None
         if self.min_score is not None:
             kept = keep_queries(image_id, tensors, self.min_score, self._scoring)

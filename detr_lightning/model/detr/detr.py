@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -225,8 +226,13 @@ def normalise(
         mean: Of each channel, for pixels in `[0, 1]`.
         std: Of each channel.
     """
-    means, stds = (
-        torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None] for values in (mean, std)
-    )
+    means, stds = (_channels(tuple(values), pixels.device) for values in (mean, std))
     images = pixels.to(torch.float32).div_(255).sub_(means).div_(stds)
     return images if padding_mask is None else images.masked_fill_(padding_mask[:, None], 0)
+
+
+@functools.cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return `[3, 1, 1]`, made once: a copy to a GPU waits for all that the GPU was asked for before."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]

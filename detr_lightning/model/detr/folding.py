@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from detr_lightning.model.detr import onednn
+from detr_lightning.model.detr import cudnn, onednn
 from detr_lightning.model.detr.detr import DETR
 
 
@@ -52,6 +52,8 @@ class FoldedConv(nn.Module):
         """Convolve, add a shortcut (which may be overwritten), and apply ReLU."""
         if onednn.usable(x):
             return onednn.convolve(x, self._pack(x), self.bias, self.settings, add, relu)
+        if relu and cudnn.usable(x):
+            return cudnn.convolve(x, self.weight, self.bias, self.settings, add)
         return onednn.plain_convolve(x, self.weight, self.bias, self.settings, add, relu)
 
     def _pack(self, x: Tensor) -> Tensor:

@@ -1,0 +1,53 @@
+"""A network on a GPU without the host's part in it: batches of one shape are replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Replay:
+    """Runs a network for inference on a GPU.
+
+    The network's hundreds of operators take the host about as long to launch as a small batch takes the GPU to compute,
+    and longer while other threads of the process are at work. From the second batch of a shape on, they are launched as
+    one: a CUDA graph, which computes the same bits. Batches come sorted by shape, so the last shape's graph is kept.
+
+    Args:
+        network: A network whose operators depend on the shape of its input alone, and on none of its values.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._last: Any = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, pixels: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return what the network returns for pixels `[B, 3, h, w]` and no padding mask."""
+        weight = next(self._network.parameters())
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        wanted = pixels.shape, pixels.stride(), pixels.dtype, keys, weight.data_ptr(), weight.dtype, autocast
+        if wanted != self._last:
+            self._last, self._graph = wanted, None
+            out: dict[str, Tensor] = self._network(pixels, None, keys)
+            return out
+        if self._graph is None:
+            self._capture(pixels, keys)
+        assert self._graph is not None
+        self._pixels.copy_(pixels)
+        self._graph.replay()
+        return {key: tensor.clone() for key, tensor in self._out.items()}  # the next replay overwrites them
+
+    def _capture(self, pixels: Tensor, keys: tuple[str, ...]) -> None:
+        self._pixels = torch.empty_like(pixels)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads allocate pinned memory and wait for copies meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._out = self._network(self._pixels, None, keys)
+        self._graph = graph
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: graphs can be neither copied nor pickled."""
+        return {"_network": self._network, "_last": None, "_graph": None}
