@@ -6,7 +6,6 @@
     python benchmarks/run.py startup               CPU time from the command to the first image
     python benchmarks/run.py scaling               images/s and memory against images, batch size, workers, threads
     python benchmarks/run.py compile               torch.compile against the default
-    python benchmarks/run.py gpu                   batch sizes and precisions on a GPU; skips where there is none
 
 Contestants take turns, each in its own process, so that a machine whose speed drifts is as unfair to one as to another.
 Medians are printed and, with `--output`, written as JSON. The images are made here; photographs cost the same.
@@ -322,56 +321,6 @@ def compiled(options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": result}
 
 
-def gpu(options: argparse.Namespace) -> dict[str, Any]:
-    """Show images/s on a GPU for batch sizes and precisions, against Hugging Face, and how busy the GPU is."""
-    if not torch.cuda.is_available():
-        CONSOLE.print("There is no GPU here: skipped.")
-        return {}
-    result: dict[str, Any] = {}
-    table = Table(
-        "run",
-        title=f"GPU: {torch.cuda.get_device_name()}, {options.images} JPEG files of 640x480",
-        title_justify="left",
-    )
-    for column in ("images/s", "GPU busy"):
-        table.add_column(column, justify="right")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder, first = Path(temporary) / "images", Path(temporary) / "first"
-        make_images(folder, options.images)
-        make_images(first, 64)
-        for dtype in PRECISIONS:
-            sides: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-                "ours": ("ours", {}, {"image_backend": "torchvision"}),
-                "ours, compiled": ("ours", {"compile": True}, {"image_backend": "torchvision"}),
-                "Hugging Face": ("Hugging Face", {}, {}),
-            }
-            for label, (side, model, settings) in sides.items():
-                with Contestant(side, dtype, **model) as one:
-                    for size in (1, 8, 16, 32):
-                        name = f"{label}, {dtype}, batch {size}"
-                        one.job(folder=first, output=Path(temporary) / f"{name}, first", batch_size=size, **settings)
-                        with Busy() as busy:
-                            seconds = one.job(folder=folder, output=Path(temporary) / name, batch_size=size, **settings)
-                        result[name] = {"images_per_second": options.images / seconds, "gpu_busy": busy.share}
-                        table.add_row(name, f"{options.images / seconds:.1f}", f"{busy.share:.0%}")
-    CONSOLE.print(table)
-    return result
-
-
-class Busy:
-    """The share of time in which the GPU is busy, as nvidia-smi samples it."""
-
-    def __enter__(self) -> Busy:
-        command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        samples = [int(line) for line in self.process.communicate()[0].split() if line.isdigit()]
-        self.share = statistics.mean(samples) / 100 if samples else float("nan")
-
-
 def show(title: str, seconds: dict[str, float], ratios: bool = True) -> None:
     """Print times, and how many times as long as ours they are."""
     table = Table("what", title=title, title_justify="left")
@@ -410,7 +359,6 @@ MODES: dict[str, list[Callable[[argparse.Namespace], dict[str, Any]]]] = {
     "startup": [startup],
     "scaling": [scaling],
     "compile": [compiled],
-    "gpu": [gpu],
 }
 
 
