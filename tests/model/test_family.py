@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -196,6 +197,18 @@ def test_what_identifies_a_model(folder: Path, family: Any) -> None:
     assert checkpoints.load(str(folder)).sha256 == first
     change(folder, decoder_self_attention_heads=2)
     assert checkpoints.load(str(folder)).sha256 != first
+
+
+def test_the_page_has_the_sizes_of_the_default_configurations() -> None:
+    transformers = pytest.importorskip("transformers")
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    for model_type in ("detr", *MODEL_TYPES):
+        config = transformers.CONFIG_MAPPING[model_type]()
+        row = next(line for line in page.splitlines() if re.match(rf"\|[^|]*`{model_type}`[^|]*\|.*256", line))
+        assert f"`[{config.decoder_layers}, {config.num_queries}, 256]`" in row
+        softmax = model_type == "detr" or MODEL_TYPES[model_type].scoring == "softmax"
+        assert f"`[{config.num_queries}, {'C+1' if softmax else 'C'}]`" in row
+        assert row.endswith("| a rank |") == (model_type in TWO_STAGE)
 
 
 class TestRefused:
