@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_lightning.errors import InputError, SettingError, check_choice, count
+from detr_lightning.errors import InputError, SettingError, check_choice
 from detr_lightning.format.preprocessing import Preprocessing
 from detr_lightning.model.checkpoint import Checkpoint
 from detr_lightning.model.detr import hugging_face
@@ -27,6 +27,7 @@ from detr_lightning.model.detr.official import OFFICIAL, Official, fetch
 from detr_lightning.model.family_folder import load_folder
 from detr_lightning.model.labels import coco_ids
 from detr_lightning.model.state_dicts import find_detr, taken_for
+from detr_lightning.model.weight_checks import COUNTER, refuse_misfits, refuse_non_finite
 from detr_lightning.model.weight_files import read_pickled, sha256_of
 
 __all__ = ["OFFICIAL", "RANDOM", "Checkpoint", "load"]
@@ -254,22 +255,15 @@ def _fill(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) 
     with torch.device("meta"):
         model = DETR(architecture)
     expected = model.state_dict()
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(COUNTER)}
     wrong = [f"{key} is missing" for key in expected if key not in tensors]
     wrong += [
         f"{key} is {list(tensor.shape)} and not {list(expected[key].shape)}" if key in expected else f"{key} is unknown"
         for key, tensor in tensors.items()
         if key not in expected or tensor.shape != expected[key].shape
     ]
-    if wrong:
-        more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise InputError(f"{name} does not fit a {architecture.name}: {'; '.join(wrong[:4])}{more}.")
-    if broken := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        others = f" and {count(len(broken) - 1, 'other tensor')}" if len(broken) > 1 else ""
-        raise InputError(
-            f"{name} has values that are not finite, in {broken[0]}{others}: "
-            "its training diverged, or the file is damaged. Take an earlier checkpoint."
-        )
+    refuse_misfits(name, f"a {architecture.name}", wrong)
+    refuse_non_finite(name, tensors)
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -19,6 +19,7 @@ from detr_lightning.model.checkpoint import Checkpoint
 from detr_lightning.model.detr.hugging_face import read_config, weight_files
 from detr_lightning.model.family import MODEL_TYPES, FamilyDetector
 from detr_lightning.model.labels import coco_ids, coco_names, names_of_config
+from detr_lightning.model.weight_checks import refuse_misfits, refuse_non_finite
 from detr_lightning.model.weight_files import first_line, sha256_of
 
 MIN_TRANSFORMERS = "5.9"
@@ -122,12 +123,8 @@ def load_model(
     except Exception as error:  # of several libraries, by version
         raise InputError(f"{folder} could not be read as a {model_type}: {first_line(error)}.") from error
     _check_report(folder, model_type, report)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all() and not name.endswith("anchors"):
-            raise InputError(
-                f"{folder} has values that are not finite, in {name}: its training diverged, or the file is damaged. "
-                "Take an earlier checkpoint."
-            )
+    learned = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("anchors")}
+    refuse_non_finite(str(folder), learned)
     return FamilyDetector(model, input_size)
 
 
@@ -170,13 +167,11 @@ def _check_report(folder: Path, model_type: str, report: Mapping[str, Any]) -> N
     Raises:
         InputError: A tensor is missing, unexpected or of another shape.
     """
-    wrong = [f"{key} is missing" for key in report["missing_keys"] if not key.endswith("num_batches_tracked")]
-    wrong += [f"{key} is unknown" for key in report["unexpected_keys"] if not key.endswith("num_batches_tracked")]
+    wrong = [f"{key} is missing" for key in report["missing_keys"]]
+    wrong += [f"{key} is unknown" for key in report["unexpected_keys"]]
     wrong += [f"{key[0]} is {list(key[1])} and not {list(key[2])}" for key in report["mismatched_keys"]]
     wrong += [str(message) for message in report.get("error_msgs") or ()]
-    if wrong:
-        more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise InputError(f"{folder} does not fit its config, a {model_type}: {'; '.join(sorted(wrong)[:4])}{more}.")
+    refuse_misfits(str(folder), f"its config, a {model_type}", sorted(wrong))
 
 
 class Processor:

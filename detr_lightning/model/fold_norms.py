@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,16 @@ def _is_batch_norm(norm: nn.Module) -> bool:
     return isinstance(norm, nn.BatchNorm2d) or type(norm).__name__.endswith("FrozenBatchNorm2d")
 
 
-def _folded(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
-    statistics = {name: getattr(norm, name).double() for name in ("weight", "bias", "running_mean", "running_var")}
-    eps = getattr(norm, "eps", FROZEN_EPS)
-    # In float64, so that folding itself rounds once.
-    scale: Tensor = statistics["weight"] * (statistics["running_var"] + eps).rsqrt()
+def folded_weights(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
+    """Return the weight and the bias of a convolution that has taken a norm in, in float64: folding rounds once."""
+    scale: Tensor = norm.weight.double() * (norm.running_var.double() + getattr(norm, "eps", FROZEN_EPS)).rsqrt()
     bias = torch.zeros_like(scale) if conv.bias is None else conv.bias.double()
+    weight = conv.weight.detach().double() * scale[:, None, None, None]
+    return weight, norm.bias.double() + (bias - norm.running_mean.double()) * scale
+
+
+def _folded(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+    weight, bias = folded_weights(conv, norm)
     folded = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
@@ -49,8 +54,6 @@ def _folded(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
         padding_mode=conv.padding_mode,
         device="meta",
     )
-    weight = conv.weight.double() * scale[:, None, None, None]
-    shift = statistics["bias"] + (bias - statistics["running_mean"]) * scale
     folded.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
-    folded.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)
+    folded.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
     return folded

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from detr_lightning.errors import InputError
-from detr_lightning.model.detr.hugging_face import to_official
+from detr_lightning.model.detr.hugging_face_names import to_official
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "model_state", "network", "net", "weights")
 AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "ema_weights", "averaged_model")
@@ -123,9 +123,14 @@ def _official(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         )
     if roots := _roots(tensors, OFFICIAL_MARK):
         return _below(tensors, roots[0])
-    if roots := _roots(tensors, HUGGING_FACE_MARK):
-        return to_official(_below(tensors, roots[0].removesuffix("model.")))
-    return tensors
+    return from_hugging_face(tensors) if _roots(tensors, HUGGING_FACE_MARK) else tensors
+
+
+def from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a DETR's tensors under their official names, from those that transformers, or training with it, saved."""
+    tensors = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    roots = _roots(tensors, HUGGING_FACE_MARK)
+    return to_official(_below(tensors, roots[0].removesuffix("model.") if roots else ""))
 
 
 def _telling(tensors: Mapping[str, Tensor]) -> str:

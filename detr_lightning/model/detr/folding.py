@@ -12,6 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detr_lightning.model.detr import cudnn, onednn
 from detr_lightning.model.detr.detr import DETR
+from detr_lightning.model.fold_norms import folded_weights
 
 
 def fold(model: DETR, dtype: torch.dtype | None = None) -> DETR:
@@ -39,10 +40,7 @@ class FoldedConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d, dtype: torch.dtype) -> None:
         super().__init__()
-        # In float64, so that folding itself rounds once.
-        scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-        weight = conv.weight.detach().double() * scale[:, None, None, None]
-        bias = norm.bias.double() - norm.running_mean.double() * scale
+        weight, bias = folded_weights(conv, norm)
         self.weight = nn.Parameter(weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.bias = nn.Parameter(bias.to(dtype))
         self.settings = conv.stride, conv.padding, conv.dilation

@@ -1,4 +1,4 @@
-"""Hugging Face's DETR: its folder and its hub, its names and its config, turned into the official layout."""
+"""Hugging Face's DETR: its folder and its hub, its weights, its config and its preprocessing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from detr_lightning.errors import InputError
 from detr_lightning.format.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from detr_lightning.model.labels import names_of_config
+from detr_lightning.model.state_dicts import from_hugging_face
 from detr_lightning.model.weight_files import read_pickled
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -22,32 +22,6 @@ FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 """`organisation/name`, or `organisation/name@revision`."""
-
-# Applied in this order. Both spellings of a name occur: what is on disk, and what Transformers 5 has in memory.
-BODY_NAMES = (
-    (r"^backbone\.(conv_encoder\.)?model\.", "backbone.0.body."),
-    (r"body\.embedder\.embedder\.convolution", "body.conv1"),
-    (r"body\.embedder\.embedder\.normalization", "body.bn1"),
-    (r"\.shortcut\.convolution", ".downsample.0"),
-    (r"\.shortcut\.normalization", ".downsample.1"),
-)
-NAMES = (
-    (r"^(encoder|decoder)\.", r"transformer.\1."),
-    (r"(encoder|decoder)\.layernorm\.", r"\1.norm."),
-    (r"\.self_attn_layer_norm\.", ".norm1."),
-    (r"\.encoder_attn_layer_norm\.", ".norm2."),
-    (r"(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
-    (r"(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
-    (r"\.encoder_attn\.", ".multihead_attn."),
-    (r"\.o_proj\.", ".out_proj."),
-    (r"\.(mlp\.)?fc([12])\.", r".linear\2."),
-    (r"^input_projection\.", "input_proj."),
-    (r"^position_embedding\.row_embeddings\.", "backbone.1.row_embed."),
-    (r"^position_embedding\.column_embeddings\.", "backbone.1.col_embed."),
-    (r"^query_position_embeddings\.", "query_embed."),
-    (r"^class_labels_classifier\.", "class_embed."),
-    (r"^bbox_predictor\.", "bbox_embed."),
-)
 
 
 def from_hub(hub_id: str) -> Path:
@@ -118,7 +92,7 @@ def read_folder(folder: Path) -> Folder:
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _read(file)
-    return Folder(to_official(_below_prefix(tensors)), known, names, _preprocessing(folder), files)
+    return Folder(from_hugging_face(tensors), known, names, _preprocessing(folder), files)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -197,47 +171,6 @@ def _sides_and_colours(config: dict[str, Any]) -> Preprocessing:
             f"image_mean is {list(mean)} and image_std {list(std)}; three of each are needed, std above 0."
         )
     return Preprocessing(**sides, mean=mean, std=std)
-
-
-def _below_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors without what a LightningModule or `torch.compile` put before their names."""
-    mark = "query_position_embeddings.weight"
-    tensors = {re.sub(r"(^|(?<=\.))((_orig_mod|module)\.)+", "", name): tensor for name, tensor in tensors.items()}
-    prefix = next((name.removesuffix(mark).removesuffix("model.") for name in tensors if name.endswith(mark)), "")
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a Hugging Face `state_dict` and stack its query, key and value projections."""
-    official: dict[str, Tensor] = {}
-    thirds: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        target = _official_name(name)
-        if match := re.fullmatch(r"(.*_attn)\.([qkv])_proj\.(weight|bias)", target):
-            thirds.setdefault(f"{match[1]}.in_proj_{match[3]}", {})[match[2]] = tensor
-        else:
-            official[target] = tensor
-    for target, parts in thirds.items():
-        if parts.keys() == set("qkv"):  # else it stays missing, and is named so
-            official[target] = torch.cat([parts[third] for third in "qkv"])
-    return official
-
-
-def _official_name(name: str) -> str:
-    name = re.sub(r"^(detr\.)?(model\.)?", "", name)
-    name = name.replace("backbone.position_embedding.", "position_embedding.")  # before Transformers 5
-    if not name.startswith("backbone."):
-        for pattern, replacement in NAMES:
-            name = re.sub(pattern, replacement, name)
-        return name
-    for pattern, replacement in BODY_NAMES:
-        name = re.sub(pattern, replacement, name)
-    if match := re.fullmatch(r"(.*\.)encoder\.stages\.(\d+)\.layers\.(\d+)\.(.*)", name):
-        name = f"{match[1]}layer{int(match[2]) + 1}.{match[3]}.{match[4]}"
-    if match := re.fullmatch(r"(.*\.)layer\.(\d+)\.(convolution|normalization)\.(.*)", name):
-        kind = "conv" if match[3] == "convolution" else "bn"
-        name = f"{match[1]}{kind}{int(match[2]) + 1}.{match[4]}"
-    return name
 
 
 def _facts(config: dict[str, Any]) -> dict[str, Any]:
