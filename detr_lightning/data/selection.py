@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import bisect
-import difflib
 import os
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from detr_lightning.data.records import ImageRecord
-from detr_lightning.errors import InputError, SettingError
+from detr_lightning.errors import InputError, SettingError, did_you_mean
 
 
 def select(
@@ -38,8 +37,7 @@ def select(
         ids, names = [record.image_id for record in chosen], {record.file_name for record in chosen}
         unknown_names = sorted(name for name in wanted - names if isinstance(name, str))
         if unknown_names:
-            near = difflib.get_close_matches(unknown_names[0], names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(unknown_names[0], names)
             raise SettingError(f"data.image_ids names {unknown_names[0]!r}, which is no image's file name.{hint}")
         unknown = sorted(number for number in wanted.difference(ids) if isinstance(number, int))
         if unknown:
