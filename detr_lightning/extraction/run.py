@@ -53,6 +53,7 @@ class ExtractionRun(PlannedRun):
         failures: Planned images that cannot be read.
         if_exists: `resume`, `overwrite` or `error`.
         hash_files: Given, the files of finished images are compared with those that were extracted.
+        previous: What `read_previous` returned for the folder, if it was called; it is read again if it has changed.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class ExtractionRun(PlannedRun):
         failures: Iterable[SkippedImage] = (),
         if_exists: str = "resume",
         hash_files: HashFiles | None = None,
+        previous: PreviousRun | None = None,
     ) -> None:
         super().__init__(record, images, failures, if_exists, hash_files)
         self.folder = Path(folder)
-        self._previous = PreviousRun()
+        self._previous = previous or PreviousRun()
         self._lock: LockedFile | None = None
         self._journal: Journal | None = None
 
@@ -86,7 +88,9 @@ class ExtractionRun(PlannedRun):
                 f"output_dir {folder} is not empty, and writer.if_exists is 'error'. Choose another folder, "
                 "or writer.if_exists=resume to go on or overwrite to start again."
             )
-        previous = self._previous = read_previous(folder)
+        if stamp(folder) != self._previous.stamp:
+            self._previous = read_previous(folder)
+        previous = self._previous
         if self.if_exists == "overwrite":
             return
         whole = WholeFiles()

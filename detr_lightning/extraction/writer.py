@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,9 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from detr_lightning.batch import HostBatch, image_at, keep_queries, sizes_of_batch, to_stored
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
-from detr_lightning.data.sources import Known
 from detr_lightning.errors import SettingError, SettingTypeError, check_choice
 from detr_lightning.extraction.planned import PlannedRun
-from detr_lightning.extraction.previous import read_previous
+from detr_lightning.extraction.previous import PreviousRun, read_previous
 from detr_lightning.extraction.provenance import provenance
 from detr_lightning.extraction.run import IF_EXISTS, ExtractionRun
 from detr_lightning.extractor import DETRExtractor
@@ -121,21 +120,22 @@ class EmbeddingWriter(BasePredictionWriter):
         folder = self.output_dir.resolve() if isinstance(self.output_dir, Path) else None
         if data.image_dir and folder == Path(data.image_dir).resolve():
             raise SettingError(f"output_dir {self.output_dir} is data.image_dir. Choose a folder of its own.")
-        if self.if_exists == "resume":
-            data.known = self._known()
+        previous = None
+        if self.if_exists == "resume" and self.layout == LANCE:
+            from detr_lightning.extraction.table_run import known_images
+
+            data.known = known_images(str(self.output_dir))
+        elif self.if_exists == "resume":
+            previous = read_previous(Path(self.output_dir))
+            data.known = previous.known
         data.find_images()
-        self.extraction = self._run(trainer, model, data)
+        self.extraction = self._run(trainer, model, data, previous)
         self.extraction.inspect()
         return self.extraction
 
-    def _known(self) -> Mapping[str, Known]:
-        if self.layout == LANCE:
-            from detr_lightning.extraction.table_run import known_images
-
-            return known_images(str(self.output_dir))
-        return read_previous(Path(self.output_dir)).known
-
-    def _run(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> PlannedRun:
+    def _run(
+        self, trainer: Trainer, model: DETRExtractor, data: COCODataModule, previous: PreviousRun | None = None
+    ) -> PlannedRun:
         images, failures = planned_images(data)
         settings = {
             "output_dir": str(self.output_dir),
@@ -146,7 +146,8 @@ class EmbeddingWriter(BasePredictionWriter):
         }
         record = provenance(trainer, model, data, settings)
         if self.layout == FILES:
-            return ExtractionRun(Path(self.output_dir), record, images, failures, self.if_exists, data.hash_files)
+            folder = Path(self.output_dir)
+            return ExtractionRun(folder, record, images, failures, self.if_exists, data.hash_files, previous)
         from detr_lightning.extraction.table_run import TableRun  # which needs Lance
 
         size = images[0].input_size if images else (32, 32)
