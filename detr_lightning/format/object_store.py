@@ -88,8 +88,23 @@ def explained(uri: str) -> Iterator[None]:
         if isinstance(error, InputError | FileNotFoundError):
             raise
         reason = str(error).partition(", /home")[0].strip().splitlines()[0]
-        advice = (_remote_advice if is_url(uri) else _local_advice)(reason)
-        raise OSError(f"{uri}: {reason}. {advice}") from error
+        problem = _remote_problem(reason) if is_url(uri) else f"{reason}. {_local_advice(reason)}"
+        raise OSError(f"{uri}: {problem}") from error
+
+
+def _remote_problem(reason: str) -> str:
+    """Return what an object store did, and what to do about it."""
+    if "AWS credentials" in reason:
+        return (
+            "no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment; for a "
+            "server that is not Amazon's also AWS_ENDPOINT."
+        )
+    if "403 Forbidden" in reason or "AccessDenied" in reason:
+        return (
+            "the server refuses access (403 Forbidden). Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and whether "
+            "they may read, write and list there."
+        )
+    return f"{reason}. {_remote_advice(reason)}"
 
 
 def _remote_advice(reason: str) -> str:
