@@ -13,7 +13,6 @@ from PIL import Image
 from ran import RunCLI
 
 from detr_lightning import COCODataModule, DETRExtractor, EmbeddingWriter, extract
-from detr_lightning.data import headers
 from detr_lightning.data.sources import FolderImages, ListedImages
 from detr_lightning.errors import DETRLightningWarning, SettingError
 from detr_lightning.format.preprocessing import Preprocessing
@@ -46,13 +45,13 @@ def test_a_header_is_read_once_and_never_again(
     run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    read = headers.HeaderReader.__call__
+    open_image = Image.open
 
-    def spy(self: Any, record: Any) -> Any:
-        opened.append(record.file_name)
-        return read(self, record)
+    def spy(file: Any, *arguments: Any, **options: Any) -> Any:
+        opened.append(Path(getattr(file, "name", file)).name)
+        return open_image(file, *arguments, **options)
 
-    monkeypatch.setattr(headers.HeaderReader, "__call__", spy)
+    monkeypatch.setattr(Image, "open", spy)
     images = tmp_path / "images"
     images.mkdir()
     for number in range(3):
@@ -60,14 +59,15 @@ def test_a_header_is_read_once_and_never_again(
     arguments = ("--data.image_dir", images, *("--data.short_side", "64", "--data.long_side", "128"))
     out = ("--data.num_workers", "0", "--output_dir", tmp_path / "out", "--model.keys", "[query_embeddings]")
     assert run_cli("predict", *arguments, *out).code == 0
-    assert sorted(opened) == ["0.png", "1.png", "2.png"]
+    # Each once for its header and once for its pixels.
+    assert sorted(opened) == ["0.png", "0.png", "1.png", "1.png", "2.png", "2.png"]
     opened.clear()
     Image.new("RGB", (80, 64)).save(images / "3.png")
     assert run_cli("predict", *arguments, *out).code == 0
-    assert opened == ["3.png"]
+    assert opened == ["3.png", "3.png"]
     opened.clear()
     assert run_cli("predict", *arguments, *out, "--data.limit", "2", "--writer.if_exists", "overwrite").code == 0
-    assert opened == ["0.png", "1.png"]  # Only those that were chosen.
+    assert sorted(opened) == ["0.png", "0.png", "1.png", "1.png"]  # Only those that were chosen.
 
 
 def test_paths_are_stored_absolute(coco_folder: Coco, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
