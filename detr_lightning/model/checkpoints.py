@@ -24,9 +24,10 @@ from detr_lightning.model.checkpoint import Checkpoint
 from detr_lightning.model.detr import hugging_face
 from detr_lightning.model.detr.detr import DETR, Architecture
 from detr_lightning.model.detr.official import OFFICIAL, Official, fetch
+from detr_lightning.model.detr.sizes import check_sizes, read_sizes
 from detr_lightning.model.family_folder import load_folder
 from detr_lightning.model.labels import coco_ids
-from detr_lightning.model.state_dicts import find_detr, taken_for
+from detr_lightning.model.state_dicts import find_detr
 from detr_lightning.model.weight_checks import COUNTER, refuse_misfits, refuse_non_finite
 from detr_lightning.model.weight_files import read_pickled, sha256_of
 
@@ -35,10 +36,6 @@ __all__ = ["OFFICIAL", "RANDOM", "Checkpoint", "load"]
 RANDOM = "random"
 SEED = 0
 """The seed of `random` weights."""
-
-BODY = "backbone.0.body."
-ENCODER = "transformer.encoder.layers."
-DECODER = "transformer.decoder.layers."
 
 
 def load(
@@ -75,7 +72,7 @@ def load(
             raise SettingError("model.nheads, model.dilation and model.ema are for DETR alone. Leave them out.")
         return load_folder(*folder, str(model_type))
     source = _from_file(weights, ema) if folder is None else _from_folder(*folder, ema)
-    architecture, notes = _settled(source, _sizes(source), nheads, dilation)
+    architecture, notes = _settled(source, read_sizes(source.name, source.tensors), nheads, dilation)
     # Copied, for a file may be mapped, and may be replaced while the model is in use.
     tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in source.tensors.items()}
     model = _fill(source.name, architecture, tensors)
@@ -180,43 +177,13 @@ def _read_file(path: Path, averaged: bool | None) -> tuple[dict[str, Tensor], di
     return tensors, {key: known[key] for key, kind in told_types.items() if isinstance(known.get(key), kind)}, remark
 
 
-def _sizes(source: _Source) -> Architecture:
-    """Read the sizes of a model off its tensors."""
-    name, tensors = source.name, source.tensors
-
-    def shape(key: str, dims: int) -> torch.Size:
-        if key not in tensors or tensors[key].dim() != dims:
-            kind = taken_for(tensors)
-            looks = f" It was taken for {kind}." if kind else ""
-            raise InputError(f"{name} is no DETR: {key} is {'misshaped' if key in tensors else 'missing'}.{looks}")
-        return tensors[key].shape
-
-    def layers(prefix: str) -> int:
-        return len({key[len(prefix) :].partition(".")[0] for key in tensors if key.startswith(prefix)})
-
-    queries, hidden_dim = shape("query_embed.weight", 2)
-    learned = "backbone.1.row_embed.weight" in tensors
-    return Architecture(
-        block="bottleneck" if BODY + "layer1.0.conv3.weight" in tensors else "basic",
-        blocks=tuple(layers(f"{BODY}layer{stage}.") for stage in (1, 2, 3, 4)),
-        hidden_dim=hidden_dim,
-        encoder_layers=layers(ENCODER),
-        decoder_layers=layers(DECODER),
-        feedforward_dim=shape(ENCODER + "0.linear1.weight", 2)[0],
-        num_queries=queries,
-        num_logits=shape("class_embed.weight", 2)[0],
-        pre_norm="transformer.encoder.norm.weight" in tensors,
-        learned_positions=shape("backbone.1.row_embed.weight", 2)[0] if learned else 0,
-    )
-
-
 def _settled(
     source: _Source, sizes: Architecture, nheads: int | None, dilation: bool | None
 ) -> tuple[Architecture, str]:
     """Return the architecture with what tensors do not tell, and, for the user, what that was taken from."""
     heads, heads_from = _settle(source, "nheads", nheads, sizes.nheads)
     dilated, dilated_from = _settle(source, "dilation", dilation, False)
-    architecture = _checked(replace(sizes, nheads=heads, dilation=dilated))
+    architecture = check_sizes(replace(sizes, nheads=heads, dilation=dilated))
     told = f"{heads} heads ({heads_from}), {'' if dilated else 'not '}dilated ({dilated_from})"
     return architecture, f"{architecture.name}: {told}"
 
@@ -232,22 +199,6 @@ def _settle(source: _Source, setting: str, given: Any, default: Any) -> tuple[An
             f"Leave model.{setting} out."
         )
     return known, source.known_from
-
-
-def _checked(architecture: Architecture) -> Architecture:
-    """Refuse what cannot be built."""
-    heads, width = architecture.nheads, architecture.hidden_dim
-    if heads < 1 or width % heads:
-        raise InputError(
-            f"model.nheads is {heads}, which does not divide the model's width of {width}. "
-            "Set it to the number of heads that the model was trained with."
-        )
-    if architecture.dilation and architecture.block == "basic":
-        raise InputError(
-            "model.dilation is True, but only ResNets of bottleneck blocks, 50 layers and more, have a dilated form. "
-            f"This is a {replace(architecture, dilation=False).name}."
-        )
-    return architecture
 
 
 def _fill(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> DETR:
@@ -288,7 +239,7 @@ def _random(nheads: int | None, dilation: bool | None) -> Checkpoint:
     embeddings of all queries are all but equal.
     """
     heads = Architecture.nheads if nheads is None else nheads
-    architecture = _checked(Architecture(nheads=heads, dilation=bool(dilation)))
+    architecture = check_sizes(Architecture(nheads=heads, dilation=bool(dilation)))
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in DETR(architecture).state_dict().items()}
     generator = torch.Generator().manual_seed(SEED)  # the global one is the user's

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from detr_lightning.errors import InputError, SettingError
 from detr_lightning.format.keys import KEYS, FeatureSizes, ModelShape, Size
 from detr_lightning.model.detr.transformer import replace_linears
+from detr_lightning.model.family_hooks import watching
 from detr_lightning.model.fold_norms import fold_norms
 from detr_lightning.model.unused_layers import drop_unused_layers
 
@@ -205,7 +205,7 @@ class FamilyDetector(nn.Module):
         attentions = "cross_attention" in keys
         if attentions and self.model.config._attn_implementation != "eager":
             self.model.set_attn_implementation("eager")  # others do not return their weights
-        with _watching(inner, self.kind.encoder and "encoder_layers" in keys) as seen:
+        with watching(inner, self.kind.encoder and "encoder_layers" in keys) as seen:
             found = self.model(pixel_values=pixels, **({"output_attentions": True} if attentions else {}))
         decoder_norm = getattr(inner.decoder, "layernorm", None) or nn.Identity()
         decoded = [decoder_norm(x) for x in seen.decoder]
@@ -224,64 +224,3 @@ class FamilyDetector(nn.Module):
         if attentions:
             out["cross_attention"] = torch.stack([weights.mean(1) for weights in found.cross_attentions], dim=1)
         return {key: out[key] for key in out if key in keys}, seen.levels
-
-
-class _Seen:
-    """The tensors that passed through a model's parts."""
-
-    def __init__(self) -> None:
-        self.backbone: list[Tensor] = []
-        self.memory: list[Tensor] = []
-        self.levels: tuple[Size, ...] = ()
-        self.encoder: list[Tensor] = []
-        self.decoder: list[Tensor] = []
-
-
-@contextmanager
-def _watching(inner: Any, encoder: bool) -> Iterator[_Seen]:
-    """Keep what passes through the parts of a model while it runs."""
-    seen = _Seen()
-
-    def before_decoder(_module: nn.Module, _args: Any, settings: Mapping[str, Any]) -> None:
-        seen.memory.append(settings["encoder_hidden_states"])
-        levels = settings.get("spatial_shapes_list") or ()
-        seen.levels = tuple((int(height), int(width)) for height, width in levels)
-
-    hooks = [
-        _backbone(inner).register_forward_hook(lambda _m, _a, out: seen.backbone.append(_last_map(out))),
-        inner.decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
-        *(layer.register_forward_hook(_appender(seen.decoder)) for layer in inner.decoder.layers),
-        *(layer.register_forward_hook(_appender(seen.encoder)) for layer in (inner.encoder.layers if encoder else ())),
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _appender(seen: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
-    def append(_module: nn.Module, _args: Any, out: Any) -> None:
-        seen.append(out[0] if isinstance(out, tuple) else out)
-
-    return append
-
-
-def _backbone(inner: Any) -> nn.Module:
-    """Return the module whose output is the backbone's feature maps."""
-    if hasattr(inner, "backbone"):
-        found: nn.Module = inner.backbone
-    else:  # DEIMv2's encoder of convolutions holds it, beside the projections
-        encoder = inner.conv_encoder
-        found = encoder.backbone if hasattr(encoder, "backbone") else encoder.model
-    return found
-
-
-def _last_map(out: Any) -> Tensor:
-    """Return the last feature map of what a backbone returned: maps, pairs of a map and its mask, or lists of them."""
-    while not isinstance(out, Tensor):
-        if hasattr(out, "feature_maps"):
-            out = out.feature_maps
-        # A pair's second part is a mask or the positions; a list's last entry is its last level.
-        out = out[0] if isinstance(out, tuple) and len(out) == 2 and not isinstance(out[0], tuple) else out[-1]
-    return out

@@ -90,20 +90,6 @@ class TestOfficialLayout:
         assert not checkpoint.model.training
         assert not any(parameter.requires_grad for parameter in checkpoint.model.parameters())
 
-    @pytest.mark.parametrize(
-        "architecture",
-        [
-            Architecture(),
-            Architecture(blocks=(3, 4, 23, 3), num_logits=251),
-            Architecture(pre_norm=True, learned_positions=50),
-        ],
-    )
-    def test_sizes_are_read_off_the_tensors(self, architecture: Architecture) -> None:
-        with torch.device("meta"):
-            tensors = DETR(architecture).state_dict()
-        source = checkpoints._Source("x", "", tensors)
-        assert checkpoints._sizes(source) == architecture
-
     def test_the_model_outlives_its_file(self, state: State, save: Callable[..., str]) -> None:
         path = save({"model": state})
         model = checkpoints.load(path).model

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detr_lightning.errors import InputError
 from detr_lightning.format.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from detr_lightning.model.image_processor import sides_of
 from detr_lightning.model.labels import names_of_config
 from detr_lightning.model.state_dicts import from_hugging_face
 from detr_lightning.model.weight_files import read_pickled
@@ -147,19 +148,9 @@ def _sides_and_colours(config: dict[str, Any]) -> Preprocessing:
     size = config.get("size", {"shortest_edge": 800, "longest_edge": 1333})
     if isinstance(size, int):
         size = {"shortest_edge": size, "longest_edge": config.get("max_size", 1333)}
-    sides: dict[str, Any]
-    if set(size) == {"height", "width"}:
-        sides = {"short_side": None, "long_side": None, "height": int(size["height"]), "width": int(size["width"])}
-    elif "shortest_edge" in size and set(size) <= {"shortest_edge", "longest_edge"}:
-        long_side = size.get("longest_edge") or config.get("max_size")
-        sides = {
-            "short_side": int(size["shortest_edge"]),
-            "long_side": None if long_side is None else int(long_side),
-        }
-    else:
-        raise InputError(f"size is {size}; a shortest_edge with a longest_edge, or height and width, can be used.")
-    if any(value is not None and value < 1 for value in sides.values()):
-        raise InputError(f"size is {size}, and its sides must be at least 1.")
+    if "shortest_edge" in size and not size.get("longest_edge"):
+        size = {**size, "longest_edge": config.get("max_size")}
+    sides = sides_of(dict(size))
     if not config.get("do_normalize", True):
         return Preprocessing(**sides, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     mean, std = (
