@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +20,11 @@ def content() -> dict[str, Any]:
 @pytest.fixture
 def store(tmp_path: Path, content: dict[str, Any]) -> EmbeddingStore:
     return make_store(tmp_path / "store", content)
+
+
+@pytest.fixture
+def annotation_file(tmp_path: Path, content: dict[str, Any]) -> Path:
+    """The annotations that the store was made of, as a file."""
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(content))
+    return path
