@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from detr_lightning.errors import SHOWN, IncompleteError, InputError, count
 from detr_lightning.format.entries import ImageEntry
@@ -14,6 +15,18 @@ Place = Path | str
 
 HashFiles = Callable[[Collection[int]], Mapping[int, str]]
 """Returns the sha256 of images' files by id."""
+
+
+def refuse_used(output_dir: Place) -> NoReturn:
+    """Refuse an output folder that is not empty, where `if_exists` is `error`.
+
+    Raises:
+        FileExistsError: Always.
+    """
+    raise FileExistsError(
+        f"output_dir {output_dir} is not empty, and writer.if_exists is 'error'. Choose another output_dir, "
+        "or writer.if_exists=resume to go on or overwrite to start again."
+    )
 
 
 def refuse_other_settings(

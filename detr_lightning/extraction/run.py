@@ -18,6 +18,7 @@ from detr_lightning.extraction.checks import (
     refuse_missing,
     refuse_other_images,
     refuse_other_settings,
+    refuse_used,
 )
 from detr_lightning.extraction.journal import (
     Journal,
@@ -84,10 +85,7 @@ class ExtractionRun(PlannedRun):
         check_folder(folder)
         self.finished, self.complete = {}, False
         if self.if_exists == "error" and folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(
-                f"output_dir {folder} is not empty, and writer.if_exists is 'error'. Choose another folder, "
-                "or writer.if_exists=resume to go on or overwrite to start again."
-            )
+            refuse_used(folder)
         if stamp(folder) != self._previous.stamp:
             self._previous = read_previous(folder)
         previous = self._previous

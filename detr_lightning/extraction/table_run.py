@@ -23,6 +23,7 @@ from detr_lightning.extraction.checks import (
     refuse_missing,
     refuse_other_images,
     refuse_other_settings,
+    refuse_used,
 )
 from detr_lightning.extraction.journal import (
     Journal,
@@ -104,10 +105,7 @@ class TableRun(PlannedRun):
         self.finished, self.complete, self._version, self._hashed = {}, False, None, {}
         there = object_store.exists(self.output_dir)
         if self.if_exists == "error" and (there or self._is_used()):
-            raise FileExistsError(
-                f"output_dir {self.output_dir} is not empty, and writer.if_exists is 'error'. Choose another one, "
-                "or writer.if_exists=resume to go on or overwrite to start again."
-            )
+            refuse_used(self.output_dir)
         if not there:
             self._refuse_files()
             return
