@@ -82,7 +82,15 @@ class Ours:
         writer_settings = {
             key: settings.pop(key) for key in ("dtype", "threads", "layout", "min_score") if key in settings
         }
-        clock = Clock()
+        clock, forward = Clock(), self.extractor.forward
+
+        def timed_forward(*arguments: Any) -> dict[str, Tensor]:
+            start = time.perf_counter()
+            tensors = forward(*arguments)
+            clock.computing += time.perf_counter() - start
+            return tensors
+
+        self.extractor.forward = timed_forward  # type: ignore[method-assign]
         with quiet_lightning():
             # Callbacks end in order: the writer has written all when the clock stops.
             writer = EmbeddingWriter(str(output), **writer_settings)
@@ -97,11 +105,15 @@ class Ours:
             )
             images = COCODataModule(str(folder), batch_size=batch_size, **settings)
             trainer.predict(self.extractor, images, return_predictions=False)
+        self.extractor.forward = forward  # type: ignore[method-assign]
+        self.idle = 1 - clock.computing / clock.seconds
         return clock.seconds
 
 
 class Clock(Callback):
     """Times a run from its first batch to its metadata, so that start-up is left out."""
+
+    computing = 0.0
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Start."""
@@ -205,6 +217,11 @@ def _job(arguments: dict[str, Any], warm_up: bool, *side: Any) -> float:
     return seconds
 
 
+def _idle(*side: Any) -> float:
+    share: float = _side(*side).idle
+    return share
+
+
 def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
@@ -245,6 +262,10 @@ class Contestant(contextlib.AbstractContextManager["Contestant"]):
     def job(self, warm_up: bool = True, **arguments: Any) -> float:
         """Run the model once to get going, unless told not to, then the whole job; return the job's seconds."""
         return self._process.submit(_job, arguments, warm_up, *self._side).result()
+
+    def idle(self) -> float:
+        """Return the share of our last job in which the model was not running, on a CPU."""
+        return self._process.submit(_idle, *self._side).result()
 
     def peak_memory(self) -> float:
         """Return the most memory that the process has taken so far, in MB."""

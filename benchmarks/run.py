@@ -214,15 +214,13 @@ def model_idle(
     model: dict[str, Any] | None = None,
     writer: dict[str, Any] | None = None,
 ) -> float:
-    """Return the share of a job in which the model is not running: its time against the model's alone, in turn."""
+    """Return the median share of a job in which the model is not running, after one job to warm up."""
     shares = []
     with Contestant("ours", dtype, **(model or {})) as ours:
         for _ in range(options.job_runs + 1):
-            alone = sum(ours.forward() for _ in range(options.images))
             with tempfile.TemporaryDirectory() as output:
-                job = ours.job(folder=folder, output=Path(output) / "out", **(writer or {}))
-            alone = (alone + sum(ours.forward() for _ in range(options.images))) / 2
-            shares.append(1 - alone / job)
+                ours.job(folder=folder, output=Path(output) / "out", **(writer or {}))
+            shares.append(ours.idle())
     return statistics.median(shares[1:])
 
 
