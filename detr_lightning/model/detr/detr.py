@@ -226,13 +226,20 @@ def normalise(
         mean: Of each channel, for pixels in `[0, 1]`.
         std: Of each channel.
     """
-    means, stds = (_channels(tuple(values), pixels.device) for values in (mean, std))
+    means, stds = (_channels(values, pixels.device) for values in (mean, std))
     images = pixels.to(torch.float32).div_(255).sub_(means).div_(stds)
     return images if padding_mask is None else images.masked_fill_(padding_mask[:, None], 0)
 
 
+def _channels(values: Sequence[float], device: torch.device) -> Tensor:
+    """Return a number for each channel as `[3, 1, 1]`, in float32."""
+    if torch.compiler.is_compiling():  # which traces, and cannot keep
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+    return _kept_channels(tuple(values), device)
+
+
 @functools.cache
-def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return `[3, 1, 1]`, made once: a copy to a GPU waits for all that the GPU was asked for before."""
+def _kept_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    # Made once: a copy to a GPU waits for all that the GPU was asked for before, and a CUDA graph cannot hold one.
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
