@@ -10,7 +10,7 @@ import torch
 from detr_lightning.detections import probabilities
 from detr_lightning.errors import InputError
 from detr_lightning.format.keys import AXES, KEYS, QUERY_INDEX, FeatureSizes
-from detr_lightning.gpu import side_stream
+from detr_lightning.gpu import move, side_stream
 
 
 def split(batch: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
@@ -80,25 +80,14 @@ class HostBatch:
     """
 
     def __init__(self, prediction: Mapping[str, Any]) -> None:
-        tensors = [value for value in prediction.values() if isinstance(value, torch.Tensor)]
+        device = next((value.device for value in prediction.values() if getattr(value, "is_cuda", False)), None)
         self._arrived: torch.cuda.Event | None = None
-        if not any(value.is_cuda for value in tensors):
-            self.tensors = {
-                key: value.detach().cpu() if isinstance(value, torch.Tensor) else value
-                for key, value in prediction.items()
-            }
+        if device is None:
+            self.tensors = move(prediction, torch.device("cpu"))
             return
-        device = tensors[0].device
         downloads = side_stream("downloads", device)
         downloads.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(downloads):
-            # torch copies to pinned memory when asked not to block.
-            self.tensors = {
-                key: value.detach().to("cpu", non_blocking=True) if isinstance(value, torch.Tensor) else value
-                for key, value in prediction.items()
-            }
-        for value in tensors:
-            value.record_stream(downloads)
+        self.tensors = move(prediction, torch.device("cpu"), downloads)
         self._arrived = downloads.record_event()
 
     def wait(self) -> None:

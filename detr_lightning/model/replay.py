@@ -21,16 +21,20 @@ class Replay:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
+        self._weights = list(network.parameters())
         self._last: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._pixels = torch.empty(0)
+        self._out: dict[str, Tensor] = {}
 
     def __call__(self, pixels: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
         """Return what the network returns for pixels `[B, 3, h, w]` and no padding mask."""
-        weight = next(self._network.parameters())
+        # A graph reads the weights where they lay when it was captured.
+        weights = [(weight.data_ptr(), weight.dtype) for weight in self._weights]
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        wanted = pixels.shape, pixels.stride(), pixels.dtype, keys, weight.data_ptr(), weight.dtype, autocast
+        wanted = pixels.shape, pixels.stride(), pixels.dtype, keys, weights, autocast
         if wanted != self._last:
-            self._last, self._graph = wanted, None
+            self._last, self._graph, self._pixels, self._out = wanted, None, torch.empty(0), {}
             out: dict[str, Tensor] = self._network(pixels, None, keys)
             return out
         if self._graph is None:
@@ -48,6 +52,6 @@ class Replay:
             self._out = self._network(self._pixels, None, keys)
         self._graph = graph
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold: graphs can be neither copied nor pickled."""
-        return {"_network": self._network, "_last": None, "_graph": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be copied and pickled as the network alone: graphs can be neither copied nor pickled."""
+        return Replay, (self._network,)
