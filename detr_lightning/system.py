@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import logging
 import os
 import re
@@ -64,6 +65,21 @@ def restore_settings() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = convolutions
         Image.MAX_IMAGE_PIXELS = max_pixels
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Do without Python's collector of circular garbage, which would walk through millions of new objects many times.
+
+    For plans and counts: they make an object for each image, and no circles. It takes up to two fifths of their time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 BFLOAT16 = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}

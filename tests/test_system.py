@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import gc
 import platform
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from detr_lightning import job
 from detr_lightning.batch import to_stored
 from detr_lightning.data.loading import ImageBatches
 from detr_lightning.data.records import ImageRecord
-from detr_lightning.system import SideThreads, has_instructions
+from detr_lightning.system import SideThreads, has_instructions, without_collector
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo" / "detr_demo.pth"
 FAULTS = """
@@ -122,3 +124,16 @@ def test_bfloat16_without_instructions_is_refused(
     assert run_cli(*asked, "--allow_slow_precision").code == 0
     monkeypatch.setattr(job, "has_instructions", lambda precision, device: True)
     assert run_cli(*asked).code == 0
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_comes_back_as_it_was(enabled: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with contextlib.suppress(ValueError), without_collector():
+            assert not gc.isenabled()
+            raise ValueError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()

@@ -91,13 +91,8 @@ class ExtractionRun(PlannedRun):
         previous = self._previous
         if self.if_exists == "overwrite":
             return
-        whole = WholeFiles()
         entries = track(previous.finished.items(), len(previous.finished), "Checking files")
-        self.finished = {
-            image_id: entry
-            for image_id, entry in entries
-            if whole.is_whole(f"{folder}/{file_name(image_id)}", entry.bytes)  # a Path costs as much
-        }
+        self.finished = WholeFiles().among(folder, entries)
         hashed: dict[int, ImageEntry] = {}
         if self.finished:
             refuse_other_settings(folder, self.finished, lambda: previous.settings, self.record.settings)
@@ -212,12 +207,9 @@ class ExtractionRun(PlannedRun):
         await_done([state / f"rank-{rank}.jsonl" for rank in range(world_size)])
         entries, failed = read_entries(self.folder)
         failed |= self.failures
-        files = WholeFiles()
-        whole = {
-            image_id: entry
-            for image_id, entry in entries.items()
-            if image_id in self.finished or files.is_whole(self.folder / file_name(image_id), entry.bytes)
-        }
+        before = {image_id: entry for image_id, entry in entries.items() if image_id in self.finished}
+        new = [(image_id, entry) for image_id, entry in entries.items() if image_id not in self.finished]
+        whole = before | WholeFiles().among(self.folder, new)
         missing = sorted(self.images.keys() - whole.keys() - failed.keys())
         refuse_missing(self.folder, missing, len(self.images))
         for image_id in self._previous.recorded - whole.keys():  # Files that a killed process wrote but did not record.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -57,6 +57,34 @@ _RUN = "detr_lightning.run."
 """Begins the keys of the dataset's config under which runs register while they live."""
 
 
+@dataclass(frozen=True)
+class PreviousTable:
+    """The record of earlier runs in a table.
+
+    Attributes:
+        version: The version of the table that was read; None where there is none.
+        entries: Of finished and skipped images.
+    """
+
+    version: int | None = None
+    entries: Sequence[ImageEntry | SkippedImage] = ()
+
+    @classmethod
+    def read(cls, output_dir: str) -> PreviousTable:
+        """Read an output folder or URL, which need not hold a table."""
+        return cls.of(Table(output_dir)) if object_store.exists(output_dir) else cls()
+
+    @classmethod
+    def of(cls, table: Table) -> PreviousTable:
+        """Read a table."""
+        return cls(table.version, [entry for entry, _ in table.entries()])
+
+    @property
+    def known(self) -> dict[str, ImageEntry | SkippedImage]:
+        """The entries by file name."""
+        return {entry.file_name: entry for entry in self.entries}
+
+
 class TableRun(PlannedRun):
     """One run of an extraction into a table.
 
@@ -67,6 +95,7 @@ class TableRun(PlannedRun):
         failures: Planned images that cannot be read.
         if_exists: `resume`, `overwrite` or `error`.
         hash_files: Given, the files of finished images are compared with those that were extracted.
+        previous: What the table held, if it was read; it is read again if it has changed.
         features: The feature maps of one image.
         commit_seconds: A rank commits its rows when its last commit is this long ago: a kill loses no older work.
     """
@@ -79,6 +108,7 @@ class TableRun(PlannedRun):
         failures: Iterable[SkippedImage] = (),
         if_exists: str = "resume",
         hash_files: HashFiles | None = None,
+        previous: PreviousTable | None = None,
         *,
         features: FeatureSizes,
         commit_seconds: float = 30.0,
@@ -89,7 +119,7 @@ class TableRun(PlannedRun):
         self._schema = columns.table_schema(record, features)
         self._commit_seconds = commit_seconds
         self._hashed: dict[int, ImageEntry] = {}
-        self._version: int | None = None
+        self._previous = previous or PreviousTable()
         self._lock: LockedFile | None = None
         self._journal: Journal | None = None
         self._rows: RowWriter | None = None
@@ -102,19 +132,21 @@ class TableRun(PlannedRun):
             FileExistsError: It is not empty, and `if_exists` is `error`.
             InputError: It holds files, another program's table, or a table of other settings or images.
         """
-        self.finished, self.complete, self._version, self._hashed = {}, False, None, {}
+        self.finished, self.complete, self._hashed = {}, False, {}
         there = object_store.exists(self.output_dir)
         if self.if_exists == "error" and (there or self._is_used()):
             refuse_used(self.output_dir)
         if not there:
+            self._previous = PreviousTable()
             self._refuse_files()
             return
-        found = Table(self.output_dir)
-        self._version = found.version
         if self.if_exists == "overwrite":
             return
+        found = Table(self.output_dir)
+        if found.version != self._previous.version:
+            self._previous = PreviousTable.of(found)
         failed = set()
-        for entry, _place in found.entries():
+        for entry in self._previous.entries:
             if isinstance(entry, ImageEntry):
                 self.finished[entry.image_id] = entry
             else:
@@ -146,7 +178,7 @@ class TableRun(PlannedRun):
             found = Table(self.output_dir)
             if self.if_exists == "overwrite":
                 found.empty(self._schema)
-            elif found.version != self._version:
+            elif found.version != self._previous.version:
                 self.inspect()  # Another run has begun since.
         self._remove_metadata()
         tried_again = self.images.keys() | self.failures.keys()
@@ -309,13 +341,6 @@ class TableRun(PlannedRun):
         assert self._lock is not None, "begin comes first"
         remove_state(self._folder, self._lock)
         fsync_folder(self._folder)
-
-
-def known_images(output_dir: str) -> dict[str, ImageEntry | SkippedImage]:
-    """Return a table's entries by file name; none where there is no table yet."""
-    if not object_store.exists(output_dir):
-        return {}
-    return {entry.file_name: entry for entry, _ in Table(output_dir).entries()}
 
 
 def _is_recent(begun: str) -> bool:

@@ -18,16 +18,16 @@ from detr_lightning.batch import HostBatch, image_at, keep_queries, sizes_of_bat
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.errors import SettingError, SettingTypeError, check_choice
 from detr_lightning.extraction.planned import PlannedRun
-from detr_lightning.extraction.previous import PreviousRun, read_previous
+from detr_lightning.extraction.previous import read_previous
 from detr_lightning.extraction.provenance import provenance
 from detr_lightning.extraction.run import IF_EXISTS, ExtractionRun
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.keys import DTYPES, QUERY_INDEX, FeatureSizes, dtype_of, nbytes
 from detr_lightning.format.names import is_url
-from detr_lightning.format.schema import FILES, LANCE, LAYOUTS, Metadata
+from detr_lightning.format.schema import FILES, LAYOUTS, Metadata
 from detr_lightning.ranks import from_rank_0, gather
-from detr_lightning.system import SideThreads
+from detr_lightning.system import SideThreads, without_collector
 
 QUEUED_IMAGES = 64
 """Images that may wait to be written. Then the model waits for the disk, and memory stays as it is."""
@@ -109,6 +109,7 @@ class EmbeddingWriter(BasePredictionWriter):
         self._keys: tuple[str, ...] = ()
         self._scoring = "softmax"
 
+    @without_collector()
     def plan(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> PlannedRun:
         """Compare what is asked for with what the folder holds, and change nothing.
 
@@ -120,22 +121,23 @@ class EmbeddingWriter(BasePredictionWriter):
         folder = self.output_dir.resolve() if isinstance(self.output_dir, Path) else None
         if data.image_dir and folder == Path(data.image_dir).resolve():
             raise SettingError(f"output_dir {self.output_dir} is data.image_dir. Choose a folder of its own.")
-        previous = None
-        if self.if_exists == "resume" and self.layout == LANCE:
-            from detr_lightning.extraction.table_run import known_images
-
-            data.known = known_images(str(self.output_dir))
-        elif self.if_exists == "resume":
-            previous = read_previous(Path(self.output_dir))
+        previous = self._previous() if self.if_exists == "resume" else None
+        if previous is not None:
             data.known = previous.known
         data.find_images()
         self.extraction = self._run(trainer, model, data, previous)
         self.extraction.inspect()
         return self.extraction
 
-    def _run(
-        self, trainer: Trainer, model: DETRExtractor, data: COCODataModule, previous: PreviousRun | None = None
-    ) -> PlannedRun:
+    def _previous(self) -> Any:
+        """Return what earlier runs recorded, as the run of this layout takes it."""
+        if self.layout == FILES:
+            return read_previous(Path(self.output_dir))
+        from detr_lightning.extraction.table_run import PreviousTable  # which needs Lance
+
+        return PreviousTable.read(str(self.output_dir))
+
+    def _run(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule, previous: Any = None) -> PlannedRun:
         images, failures = planned_images(data)
         settings = {
             "output_dir": str(self.output_dir),
@@ -148,7 +150,7 @@ class EmbeddingWriter(BasePredictionWriter):
         if self.layout == FILES:
             folder = Path(self.output_dir)
             return ExtractionRun(folder, record, images, failures, self.if_exists, data.hash_files, previous)
-        from detr_lightning.extraction.table_run import TableRun  # which needs Lance
+        from detr_lightning.extraction.table_run import TableRun
 
         size = images[0].input_size if images else (32, 32)
         return TableRun(
@@ -158,6 +160,7 @@ class EmbeddingWriter(BasePredictionWriter):
             failures,
             self.if_exists,
             data.hash_files,
+            previous,
             features=model.detr.architecture.feature_sizes(size),
             commit_seconds=self.commit_seconds,
         )
@@ -274,7 +277,8 @@ class EmbeddingWriter(BasePredictionWriter):
         self.extraction.leave(done=True)
         self._stop()
         if trainer.is_global_zero:
-            self.metadata = self.extraction.finish(trainer.world_size)
+            with without_collector():
+                self.metadata = self.extraction.finish(trainer.world_size)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop what is waiting, finish the files that are being written, and let go of the folder."""

@@ -10,11 +10,14 @@ import os
 import stat
 import zipfile
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from detr_lightning.errors import InputError
+from detr_lightning.format.entries import ImageEntry
+from detr_lightning.format.names import file_name
 
 _ENTRY = b"PK\x01\x02"
 _ENTRY_BYTES = 46
@@ -74,6 +77,11 @@ class WholeFiles:
 
     def __init__(self) -> None:
         self._known: defaultdict[int, list[Directory]] = defaultdict(list)
+
+    def among(self, folder: Path, entries: Iterable[tuple[int, ImageEntry]]) -> dict[int, ImageEntry]:
+        """Return those entries, by image id, whose file in a folder is whole."""
+        # A Path for each would cost as much as the look at the file.
+        return {id_: entry for id_, entry in entries if self.is_whole(f"{folder}/{file_name(id_)}", entry.bytes)}
 
     def is_whole(self, path: Path | str, size: int | None) -> bool:
         """Return whether a file has the size recorded for it and its zip directory reads; contents are not read.

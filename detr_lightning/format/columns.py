@@ -7,15 +7,16 @@ Lance has no fixed-size list of lists.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detr_lightning.format.entries import ImageEntry, SkippedImage
+from detr_lightning.format.entries import ImageEntry, SkippedImage, shared_features, shared_size
 from detr_lightning.format.keys import AXES, FeatureSizes, dtype_of, shape_of
 from detr_lightning.format.object_store import pa
 from detr_lightning.format.schema import RunRecord
@@ -87,13 +88,28 @@ def to_tensors(column: pa.ChunkedArray, shapes: Sequence[Sequence[int]]) -> list
     return [part.view(*shape).clone() for part, shape in zip(values.split(sizes), shapes, strict=True)]
 
 
-def to_entry(row: Mapping[str, Any]) -> ImageEntry | SkippedImage:
-    """Return the entry of a row that was read without its tensors."""
-    content = {name: value for name, value in row.items() if value is not None and name in FIELDS}
-    content["id"] = content.pop("image_id")
-    if row["error"] is None:
-        return ImageEntry.from_json(content)
-    return SkippedImage.from_json({**content, "reason": content["error"]})
+def to_entries(rows: pa.Table | pa.RecordBatch) -> Iterator[ImageEntry | SkippedImage]:
+    """Yield the entry of each row that was read without its tensors: by columns, which is faster than by rows."""
+    names = rows.schema.names
+    columns = [rows[name].to_pylist() if name in names else itertools.repeat(None) for name in FIELDS]
+    for row in zip(*columns, strict=False):
+        image_id, file_name, width, height, input_size, level, levels, backbone, num_queries, sha256, turn, error = row
+        if error is not None:
+            yield SkippedImage(image_id, file_name, error)
+            continue
+        sizes = tuple(shared_size(*size) for size in ([level] if levels is None else levels))
+        features = shared_features(sizes, sizes[0] if backbone is None else shared_size(*backbone))
+        yield ImageEntry(
+            image_id,
+            file_name,
+            width,
+            height,
+            shared_size(*input_size),
+            features,
+            num_queries=num_queries,
+            image_sha256=sha256,
+            orientation=turn,
+        )
 
 
 def _described(entry: ImageEntry | SkippedImage) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class ImageEntry:
             single = "feature_size" in content
             levels = (_size(content, "feature_size"),) if single else tuple(_sizes(content, "feature_sizes"))
             backbone = _size(content, "backbone_size") if "backbone_size" in content or not single else levels[0]
-            features = _shared(levels, backbone)
+            features = shared_features(levels, backbone)
         return cls(
             _id(content),
             get_field(content, "file_name", str),
@@ -150,8 +150,8 @@ def _require_object(content: Any) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _shared(levels: tuple[Size, ...], backbone: Size) -> FeatureSizes:
-    # A million images have a few hundred sizes.
+def shared_features(levels: tuple[Size, ...], backbone: Size) -> FeatureSizes:
+    """Return the sizes of feature maps, one object for all that are equal: a million images have a few hundred."""
     return FeatureSizes(levels, backbone)
 
 
@@ -174,9 +174,10 @@ def _sizes(content: Mapping[str, Any], name: str) -> Iterator[Size]:
 def _as_size(size: Any, name: str) -> Size:
     if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int or side < 0 for side in size):
         raise InputError(f"{name} is {size!r:.40}, no height and width")
-    return _shared_size(size[0], size[1])
+    return shared_size(size[0], size[1])
 
 
 @lru_cache(maxsize=4096)
-def _shared_size(height: int, width: int) -> Size:
+def shared_size(height: int, width: int) -> Size:
+    """Return a size, one object for all that are equal."""
     return height, width

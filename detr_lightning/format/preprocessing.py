@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,6 +65,7 @@ class Preprocessing:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+@functools.lru_cache(maxsize=4096)
 def resized_size(size: Size, short_side: int = 800, long_side: float = 1333) -> Size:
     """Return the size at which DETR sees an image.
 

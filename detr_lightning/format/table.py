@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from detr_lightning.errors import InputError
-from detr_lightning.format.columns import FIELDS, RECORD, Row, to_batch, to_entry, to_tensors
+from detr_lightning.format.columns import FIELDS, RECORD, Row, to_batch, to_entries, to_tensors
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.keys import shape_of
 from detr_lightning.format.object_store import exists, explained, lance, pa, table_uri
@@ -90,8 +90,7 @@ class Table:
         condition = "error IS NOT NULL" if skipped else None
         with explained(self.uri):
             for batch in self.dataset.scanner(columns=names, filter=condition, with_row_id=True).to_batches():
-                for row in batch.to_pylist():
-                    yield to_entry(row), row["_rowid"]
+                yield from zip(to_entries(batch), batch["_rowid"].to_pylist(), strict=True)
 
     def has_all(self, image_ids: Collection[int]) -> bool:
         """Return whether each of these images has a row."""
@@ -195,8 +194,7 @@ class TableReader:
         place = self.row_of(image_id)
         if place is None:
             raise KeyError(image_id)
-        (row,) = self._rows.slice(place, 1).to_pylist()
-        entry = to_entry({**row, "error": None})
+        (entry,) = to_entries(self._rows.slice(place, 1))
         assert isinstance(entry, ImageEntry)
         return entry
 

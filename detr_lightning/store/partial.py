@@ -8,7 +8,7 @@ from pathlib import Path
 from detr_lightning.format.archive import WholeFiles
 from detr_lightning.format.files import to_json_bytes
 from detr_lightning.format.metadata import MetadataFile, read_metadata
-from detr_lightning.format.names import RUN, STATE, file_name
+from detr_lightning.format.names import RUN, STATE
 from detr_lightning.format.schema import Metadata, RunRecord
 from detr_lightning.format.state import RunState, read_entries, read_run, token_of
 
@@ -34,11 +34,10 @@ def read_partial(folder: Path) -> MetadataFile:
 
 def _so_far(folder: Path, run: RunState) -> MetadataFile:
     entries, failed = read_entries(folder)
-    files = WholeFiles()
-    whole = [i for i in sorted(entries) if files.is_whole(f"{folder}/{file_name(i)}", entries[i].bytes)]
+    whole = WholeFiles().among(folder, sorted(entries.items()))
     metadata = Metadata(
         run=RunRecord.from_json(run.content),
-        images=[entries[image_id] for image_id in whole],
+        images=list(whole.values()),
         failed=[failed[image_id] for image_id in sorted(failed)],
     )
     found = MetadataFile(folder / STATE / RUN, to_json_bytes(metadata.to_json()))

@@ -237,3 +237,18 @@ def test_a_table_that_another_run_makes_meanwhile_is_joined(
     assert ran.code == 0, ran.err
     assert_equal(EmbeddingStore(tmp_path / "out"), files)
     assert tried
+
+
+def test_a_resume_reads_the_entries_once(
+    run_cli: RunCLI, images: Coco, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million of them take half a minute."""
+    command = ("predict", *images.data, *TO_TABLE, "--output_dir", tmp_path / "table")
+    assert run_cli(*command).code == 0
+    read: list[Table] = []
+    entries = Table.entries
+    monkeypatch.setattr(Table, "entries", lambda self, **given: (read.append(self), entries(self, **given))[1])
+    ran = run_cli(*command)
+    assert ran.code == 0
+    assert "8 images. Nothing to do." in ran.err
+    assert len(read) == 1
