@@ -78,6 +78,7 @@ def run_cli(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
             code = main()
         finally:
             gc.collect()
+            gc.freeze()  # what lives on, libraries above all, need not be looked through after each run
         captured = capsys.readouterr()
         return Ran(code, captured.out, captured.err)
 
