@@ -16,7 +16,9 @@ from PIL import Image
 from rich.filesize import decimal
 
 from detr_lightning import EmbeddingStore
+from detr_lightning.analysis.features import object_features
 from detr_lightning.analysis.matching import match
+from detr_lightning.analysis.objects import objects
 from detr_lightning.model.labels import coco_names
 
 REFERENCE = Path(__file__).parent / "model"
@@ -93,6 +95,16 @@ def test_a_model_of_several_levels(
     checkpoint = checkpoints.load(str(folder))
     assert checkpoint.processor is not None
     network: Any = checkpoint.model
+    table = objects(store, 0.0).groupby("image_id").head(1).reset_index(drop=True)
+    table[["x1", "y1"]] = 0.0
+    table[["x2", "y2"]] = [store.entry(image_id).size[::-1] for image_id in table.image_id]
+    features = object_features(store, table)  # of boxes as large as the image: a map's mean
+    assert {f"encoder level {level}" for level in range(3)} | {"backbone"} < features.keys()
+    for row, image_id in enumerate(table.image_id):
+        for level in range(3):
+            mean = store.feature_map(image_id, level=level).mean((1, 2)).numpy()
+            assert features[f"encoder level {level}"][row] == pytest.approx(mean, abs=1e-5)
+
     for image_id in store:
         with Image.open(images / f"{image_id}.png") as image:
             pixels = checkpoint.processor(image.convert("RGB"), (96, 128))

@@ -36,7 +36,7 @@ def object_features(
 
     Returns:
         Matrices `[N, d]` in the order of the table: `box`, `backbone`, `encoder` or `encoder 1` to `encoder L`, and
-        `decoder 1` to `decoder L`.
+        `decoder 1` to `decoder L`. Of a model with several feature maps, each has its own: `encoder level 0` and so on.
 
     Raises:
         SettingError: The store lacks a key, or a row has no query since it was missed.
@@ -78,11 +78,15 @@ def _of_image(
         return [(f"decoder {number}", layer) for number, layer in enumerate(layers, start=1)]
     from torchvision.ops import roi_align
 
-    grid = store.feature_map(image_id, key).float()  # [d, H, W], or [L, d, H, W]
-    height, width = grid.shape[-2:]
-    boxes = corners * torch.tensor([width, height, width, height])
-    stacked = grid if grid.ndim == 4 else grid[None]
-    means = [roi_align(layer[None], [boxes], output_size=1, aligned=True).flatten(1) for layer in stacked]
-    if key in MAPS:
-        return [(MAPS[key], means[0])]
-    return [(f"encoder {number}", layer) for number, layer in enumerate(means, start=1)]
+    features = store.entry(image_id).features
+    levels = 1 if key == "backbone_features" or features is None else len(features.levels)
+    found = []
+    for level in range(levels):
+        grid = store.feature_map(image_id, key, level).float()  # [d, H, W], or [L, d, H, W]
+        height, width = grid.shape[-2:]
+        boxes = corners * torch.tensor([width, height, width, height])
+        by_name = {MAPS[key]: grid} if key in MAPS else {f"encoder {n}": layer for n, layer in enumerate(grid, start=1)}
+        for name, layer in by_name.items():
+            means = roi_align(layer[None], [boxes], output_size=1, aligned=True).flatten(1)
+            found.append((name if levels == 1 else f"{name} level {level}", means))
+    return found

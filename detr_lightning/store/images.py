@@ -163,5 +163,5 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
                 hint = did_you_mean(key, self.embedding_keys)
                 raise SettingError(
                     f"{self.name} holds no {key!r}, only {', '.join(self.embedding_keys)}.{hint} "
-                    f"Name {key} in model.keys, or choose an extract_type that has it, and extract into another folder."
+                    f"Name {key} in model.keys and extract into another folder."
                 )
