@@ -212,7 +212,7 @@ def test_tables_without_embeddings(store: EmbeddingStore) -> None:
 
 def test_what_is_missing_is_named(tmp_path: Path, store: EmbeddingStore) -> None:
     few = make_store(tmp_path / "store")
-    with pytest.raises(ValueError, match="holds no 'cross_attention'.* Name cross_attention in model.keys and extract"):
+    with pytest.raises(ValueError, match=r"holds no 'cross_attention'.* Name cross_attention in model.keys and"):
         plots.attention(few, 7)
     with pytest.raises(FileNotFoundError, match="Give image_dir"):
         plots.detections(few, 7)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from store_factory import annotations_of, edit_metadata, make_store, plain
+from store_factory import edit_metadata, make_store, plain
 
 from detr_lightning.format import names
 from detr_lightning.format.keys import KEYS
@@ -29,18 +29,6 @@ def test_a_store_is_a_mapping_from_ids_to_tensors(store: EmbeddingStore) -> None
         assert list(found) == list(expected)
         for key, tensor in expected.items():
             torch.testing.assert_close(found[key], tensor, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("key", KEYS)
-def test_single_tensors_equal_those_of_the_whole_file(tmp_path: Path, key: str, dtype: str) -> None:
-    store = make_store(tmp_path / "store", annotations_of(6), keys=KEYS, dtype=dtype)
-    for image_id in [*store, *store]:  # The second time by the places that the first time found.
-        tensor = store.load(image_id, key)
-        expected = plain(store, image_id)[key]
-        assert tensor.dtype == expected.dtype
-        assert torch.equal(tensor, expected)
-        tensor.zero_()  # Memory of its own: the next read sees the file as it was.
 
 
 def test_feature_maps_are_row_major(store: EmbeddingStore) -> None:
@@ -67,16 +55,6 @@ def test_reading_does_not_import_lightning_or_pandas(store: EmbeddingStore) -> N
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_a_missing_or_damaged_file_is_named(store: EmbeddingStore) -> None:
-    store.path(7).unlink()
-    store.path(17).write_bytes(store.path(17).read_bytes()[:1000])
-    with pytest.raises(FileNotFoundError, match=r"embedding_000000000007\.pt is gone.*verify"):
-        store.stack("query_embeddings")
-    for read in (lambda: store[17], lambda: store.load(17, "query_embeddings")):
-        with pytest.raises(ValueError, match=r"embedding_000000000017\.pt does not read.*verify"):
-            read()
 
 
 def test_folders_that_are_no_finished_extraction(tmp_path: Path) -> None:
