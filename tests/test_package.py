@@ -46,6 +46,7 @@ IMPORT_LIGHTNING = (
     "api",
     "command",
     "data.datamodule",
+    "extraction.layouts",
     "extraction.memory",
     "extraction.provenance",
     "extraction.writer",

@@ -12,8 +12,8 @@ from torch import Tensor
 from detr_lightning.batch import HostBatch, sizes_of_batch, split, to_stored
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.errors import check_choice
+from detr_lightning.extraction.layouts import planned_images
 from detr_lightning.extraction.provenance import provenance
-from detr_lightning.extraction.writer import planned_images
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.keys import DTYPES, FeatureSizes, dtype_of

@@ -20,15 +20,8 @@ from detr_lightning.extraction.checks import (
     refuse_other_settings,
     refuse_used,
 )
-from detr_lightning.extraction.journal import (
-    Journal,
-    LockedFile,
-    await_done,
-    lock_folder,
-    remove_state,
-    sweep,
-    why_unseen,
-)
+from detr_lightning.extraction.journal import Journal, await_done, why_unseen
+from detr_lightning.extraction.locks import LockedFile, lock_folder, remove_state, sweep
 from detr_lightning.extraction.planned import PlannedRun
 from detr_lightning.extraction.previous import PreviousRun, check_folder, read_previous, stamp
 from detr_lightning.format.archive import WholeFiles

@@ -17,12 +17,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from detr_lightning.batch import HostBatch, image_at, keep_queries, sizes_of_batch, to_stored
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.errors import SettingError, SettingTypeError, check_choice
+from detr_lightning.extraction.layouts import planned_run, previous_runs
 from detr_lightning.extraction.planned import PlannedRun
-from detr_lightning.extraction.previous import read_previous
-from detr_lightning.extraction.provenance import provenance
-from detr_lightning.extraction.run import IF_EXISTS, ExtractionRun
+from detr_lightning.extraction.run import IF_EXISTS
 from detr_lightning.extractor import DETRExtractor
-from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.keys import DTYPES, QUERY_INDEX, FeatureSizes, dtype_of, nbytes
 from detr_lightning.format.names import is_url
 from detr_lightning.format.schema import FILES, LAYOUTS, Metadata
@@ -31,22 +29,6 @@ from detr_lightning.system import SideThreads, without_collector
 
 QUEUED_IMAGES = 64
 """Images that may wait to be written. Then the model waits for the disk, and memory stays as it is."""
-
-
-def planned_images(data: COCODataModule) -> tuple[list[ImageEntry], list[SkippedImage]]:
-    """Return the records of the images that are planned, and of those that cannot be read."""
-    images = [
-        ImageEntry(
-            record.image_id,
-            record.file_name,
-            record.width,
-            record.height,
-            input_size=data.resize(record.size),
-            orientation=record.orientation if record.orientation > 1 else None,
-        )
-        for record in data.records
-    ]
-    return images, [SkippedImage(record.image_id, record.file_name, reason) for record, reason in data.failures]
 
 
 class EmbeddingWriter(BasePredictionWriter):
@@ -121,7 +103,7 @@ class EmbeddingWriter(BasePredictionWriter):
         folder = self.output_dir.resolve() if isinstance(self.output_dir, Path) else None
         if data.image_dir and folder == Path(data.image_dir).resolve():
             raise SettingError(f"output_dir {self.output_dir} is data.image_dir. Choose a folder of its own.")
-        previous = self._previous() if self.if_exists == "resume" else None
+        previous = previous_runs(self.layout, self.output_dir) if self.if_exists == "resume" else None
         if previous is not None:
             data.known = previous.known
         data.find_images()
@@ -129,16 +111,7 @@ class EmbeddingWriter(BasePredictionWriter):
         self.extraction.inspect()
         return self.extraction
 
-    def _previous(self) -> Any:
-        """Return what earlier runs recorded, as the run of this layout takes it."""
-        if self.layout == FILES:
-            return read_previous(Path(self.output_dir))
-        from detr_lightning.extraction.table_run import PreviousTable  # which needs Lance
-
-        return PreviousTable.read(str(self.output_dir))
-
     def _run(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule, previous: Any = None) -> PlannedRun:
-        images, failures = planned_images(data)
         settings = {
             "output_dir": str(self.output_dir),
             "dtype": self.dtype,
@@ -146,24 +119,7 @@ class EmbeddingWriter(BasePredictionWriter):
             "min_score": self.min_score,
             "layout": self.layout,
         }
-        record = provenance(trainer, model, data, settings)
-        if self.layout == FILES:
-            folder = Path(self.output_dir)
-            return ExtractionRun(folder, record, images, failures, self.if_exists, data.hash_files, previous)
-        from detr_lightning.extraction.table_run import TableRun
-
-        size = images[0].input_size if images else (32, 32)
-        return TableRun(
-            str(self.output_dir),
-            record,
-            images,
-            failures,
-            self.if_exists,
-            data.hash_files,
-            previous,
-            features=model.detr.architecture.feature_sizes(size),
-            commit_seconds=self.commit_seconds,
-        )
+        return planned_run(trainer, model, data, settings, previous, self.commit_seconds)
 
     def keys(self, model: DETRExtractor) -> tuple[str, ...]:
         """Return the keys of each file."""

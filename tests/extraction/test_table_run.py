@@ -15,7 +15,7 @@ from ran import RunCLI
 lance = pytest.importorskip("lance", reason="pylance, of the extra lance, is not installed")
 
 from detr_lightning import EmbeddingStore  # noqa: E402
-from detr_lightning.extraction.table_run import TableRun  # noqa: E402
+from detr_lightning.extraction.table_locations import FolderLocation  # noqa: E402
 from detr_lightning.extractor import DETRExtractor  # noqa: E402
 from detr_lightning.format import object_store as store_access  # noqa: E402
 from detr_lightning.format.table import Table  # noqa: E402
@@ -47,7 +47,7 @@ def files(run_cli: RunCLI, images: Coco, tmp_path: Path) -> EmbeddingStore:
     return EmbeddingStore(tmp_path / "files")
 
 
-def test_a_table_has_the_tensors_of_the_files_and_converts_both_ways(
+def test_a_table_has_the_tensors_of_the_files(
     run_cli: RunCLI, images: Coco, files: EmbeddingStore, tmp_path: Path
 ) -> None:
     folder = tmp_path / "table"
@@ -71,14 +71,6 @@ def test_a_table_has_the_tensors_of_the_files_and_converts_both_ways(
     dataset = lance.dataset(str(folder / "embeddings.lance"))
     assert len(dataset.versions()) == 1
     assert [index.field_names for index in dataset.describe_indices()] == [["image_id"]]
-
-    assert run_cli("convert", files.folder, tmp_path / "converted").code == 0
-    assert_equal(EmbeddingStore(tmp_path / "converted"), files)
-    assert run_cli("convert", tmp_path / "converted", tmp_path / "back").code == 0
-    for path in Path(str(files.folder)).glob("embedding_*.pt"):
-        assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
-    refused = run_cli("convert", files.folder, tmp_path / "back")
-    assert (refused.code, "is in use" in refused.err) == (1, True)
 
 
 def test_kept_queries(run_cli: RunCLI, images: Coco, tmp_path: Path) -> None:
@@ -232,7 +224,7 @@ def test_a_table_that_another_run_makes_meanwhile_is_joined(
     # Until this run makes the table there is none; then the other run's is there.
     monkeypatch.setattr(store_access, "exists", lambda place: bool(tried) and exists(place))
     monkeypatch.setattr(Table, "create", lambda *arguments: (tried.append(True), create(*arguments))[1])
-    monkeypatch.setattr(TableRun, "_refuse_files", lambda self: None)
+    monkeypatch.setattr(FolderLocation, "refuse_files", lambda self: None)
     ran = run_cli(*command)
     assert ran.code == 0, ran.err
     assert_equal(EmbeddingStore(tmp_path / "out"), files)

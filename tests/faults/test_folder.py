@@ -19,8 +19,8 @@ import pytest
 from disk import RECORD, extract
 
 from detr_lightning.errors import BusyError, InputError
-from detr_lightning.extraction import journal
-from detr_lightning.extraction.journal import LockedFile, is_locked
+from detr_lightning.extraction import journal, locks
+from detr_lightning.extraction.locks import LockedFile, is_locked
 from detr_lightning.extraction.run import ExtractionRun
 from detr_lightning.format import files
 from detr_lightning.format.archive import WholeFiles
@@ -98,7 +98,7 @@ def test_what_could_not_be_removed_does_not_make_a_folder_unfinished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(journal.shutil, "rmtree", lambda *_args, **_kwargs: None)
+        patch.setattr(locks.shutil, "rmtree", lambda *_args, **_kwargs: None)
         extract(tmp_path, [1, 2])
     (leftover,) = set(names(tmp_path)) - set(FINISHED)
     assert EmbeddingStore(tmp_path).image_ids == [1, 2]
@@ -122,12 +122,12 @@ def test_a_run_that_starts_while_another_finishes(tmp_path: Path, monkeypatch: p
         step()
 
     rmtree = shutil.rmtree
-    monkeypatch.setattr(journal.shutil, "rmtree", removal)
+    monkeypatch.setattr(locks.shutil, "rmtree", removal)
     first = threading.Thread(target=extract, args=(tmp_path, [1, 2]))
     first.start()
     for _ in range(2):
         steps.wait(10)
-        monkeypatch.setattr(journal.shutil, "rmtree", rmtree)
+        monkeypatch.setattr(locks.shutil, "rmtree", rmtree)
         before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
         second = extract(tmp_path, [1, 2, 3])
         assert second.finished.keys() >= {1, 2}
@@ -145,7 +145,7 @@ def test_a_lock_that_was_moved_away_is_taken_anew(tmp_path: Path) -> None:
 
     def lock() -> LockedFile | None:
         try:
-            return journal.lock_folder(tmp_path)
+            return locks.lock_folder(tmp_path)
         except BusyError:
             return None
 
@@ -156,7 +156,7 @@ def test_a_lock_that_was_moved_away_is_taken_anew(tmp_path: Path) -> None:
     waiting = threading.Thread(target=wait)
     waiting.start()
     time.sleep(0.02)
-    journal.remove_state(tmp_path, held)
+    locks.remove_state(tmp_path, held)
     waiting.join()
     assert isinstance(waited[-1], LockedFile)
     assert is_locked(state / "lock")
@@ -245,7 +245,8 @@ def test_a_forked_child_gives_the_lock_up_whatever_other_threads_do(tmp_path: Pa
     code = f"""
 import os, threading, time
 from pathlib import Path
-from detr_lightning.extraction.journal import Journal, is_locked
+from detr_lightning.extraction.journal import Journal
+from detr_lightning.extraction.locks import is_locked
 path = Path({str(tmp_path / "rank-0.jsonl")!r})
 log = Journal(path)
 stop = threading.Event()

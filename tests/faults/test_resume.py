@@ -16,7 +16,8 @@ from harness import Job, Zygote, contents, differences, message, slow, until
 
 from detr_lightning.data import loading
 from detr_lightning.errors import BusyError
-from detr_lightning.extraction.journal import Journal, lock_folder
+from detr_lightning.extraction.journal import Journal
+from detr_lightning.extraction.locks import lock_folder
 from detr_lightning.format.entries import ImageEntry
 
 Run = Callable[..., Any]
@@ -279,7 +280,7 @@ def test_a_run_that_came_and_went_since_the_plan_is_noticed(tmp_path: Path) -> N
 def test_a_run_waits_for_the_journals_of_a_dead_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".extraction").mkdir()
     journal = Journal(tmp_path / ".extraction" / "rank-1.jsonl")
-    monkeypatch.setattr("detr_lightning.extraction.journal.PATIENCE", 0.5)
+    monkeypatch.setattr("detr_lightning.extraction.locks.PATIENCE", 0.5)
     with pytest.raises(BusyError, match="still locked by a process of an earlier run"):
         lock_folder(tmp_path)
     journal.close(done=False)

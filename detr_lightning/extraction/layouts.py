@@ -1,0 +1,95 @@
+"""The run of each layout: which images it plans, what earlier runs recorded, and where it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from lightning.pytorch import Trainer
+
+from detr_lightning.data.datamodule import COCODataModule
+from detr_lightning.extraction.planned import PlannedRun
+from detr_lightning.extraction.previous import PreviousRun, read_previous
+from detr_lightning.extraction.provenance import provenance
+from detr_lightning.extraction.run import ExtractionRun
+from detr_lightning.extractor import DETRExtractor
+from detr_lightning.format.entries import ImageEntry, SkippedImage
+from detr_lightning.format.schema import FILES
+
+if TYPE_CHECKING:
+    from detr_lightning.extraction.previous_table import PreviousTable
+
+    Previous: TypeAlias = PreviousRun | PreviousTable
+
+
+def planned_images(data: COCODataModule) -> tuple[list[ImageEntry], list[SkippedImage]]:
+    """Return the records of the images that are planned, and of those that cannot be read."""
+    images = [
+        ImageEntry(
+            record.image_id,
+            record.file_name,
+            record.width,
+            record.height,
+            input_size=data.resize(record.size),
+            orientation=record.orientation if record.orientation > 1 else None,
+        )
+        for record in data.records
+    ]
+    return images, [SkippedImage(record.image_id, record.file_name, reason) for record, reason in data.failures]
+
+
+def previous_runs(layout: str, output_dir: Path | str) -> Previous:
+    """Return the record of earlier runs in an output folder or at a URL.
+
+    Raises:
+        InputError: It holds another layout or another program's files, or is damaged.
+        OSError: It cannot be read.
+    """
+    if layout == FILES:
+        return read_previous(Path(output_dir))
+    from detr_lightning.extraction.previous_table import PreviousTable  # which needs Lance
+
+    return PreviousTable.read(str(output_dir))
+
+
+def planned_run(
+    trainer: Trainer,
+    model: DETRExtractor,
+    data: COCODataModule,
+    writer: Mapping[str, Any],
+    previous: Previous | None = None,
+    commit_seconds: float = 30.0,
+) -> PlannedRun:
+    """Return the run of a job.
+
+    Args:
+        trainer: Who computes.
+        model: The model.
+        data: The images, which have been found.
+        writer: The writer's settings as they are recorded.
+        previous: The record of earlier runs, where it was read.
+        commit_seconds: See `TableRun`.
+    """
+    record = provenance(trainer, model, data, writer)
+    images, failures = planned_images(data)
+    output_dir, if_exists = writer["output_dir"], writer["if_exists"]
+    if writer["layout"] == FILES:
+        assert previous is None or isinstance(previous, PreviousRun)
+        return ExtractionRun(Path(output_dir), record, images, failures, if_exists, data.hash_files, previous)
+    from detr_lightning.extraction.previous_table import PreviousTable  # which needs Lance, as TableRun does
+    from detr_lightning.extraction.table_run import TableRun
+
+    assert previous is None or isinstance(previous, PreviousTable)
+    size = images[0].input_size if images else (32, 32)
+    return TableRun(
+        output_dir,
+        record,
+        images,
+        failures,
+        if_exists,
+        data.hash_files,
+        previous,
+        features=model.detr.architecture.feature_sizes(size),
+        commit_seconds=commit_seconds,
+    )
