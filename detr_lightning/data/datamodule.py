@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from detr_lightning.data.batching import BATCHINGS, plan_batches
 from detr_lightning.data.decode import BACKENDS, EXIF, Processor
+from detr_lightning.data.folder_images import FolderImages
 from detr_lightning.data.headers import hash_files
 from detr_lightning.data.images import Choice, Images, unreadable_image
 from detr_lightning.data.loading import (
     ImageBatches,
     ImageReader,
     data_workers,
-    leave_signals_to_parent,
-    unwrap,
+    image_loader,
 )
+from detr_lightning.data.model_input import ModelInput, with_settings
 from detr_lightning.data.records import Failure, ImageRecord
 from detr_lightning.data.sources import (
     NONE_KNOWN,
     COCOImages,
-    FolderImages,
     ImageSource,
     Known,
 )
@@ -59,18 +57,6 @@ def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> N
 
 FINGERPRINTS = ("names", "content")
 """The values of `data.fingerprint`."""
-
-
-class ModelInput(Protocol):
-    """A model's knowledge of its input: a `Checkpoint`."""
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """The preprocessing of its training."""
-
-    @property
-    def processor(self) -> Processor | None:
-        """Makes its input of an image, where this package does not make it itself."""
 
 
 class COCODataModule(LightningDataModule):
@@ -183,22 +169,7 @@ class COCODataModule(LightningDataModule):
         self._use(checkpoint.preprocessing, checkpoint.processor)
 
     def _use(self, preprocessing: Preprocessing, processor: Processor | None = None) -> None:
-        given = {name: self.hparams[name] for name in ("short_side", "long_side") if self.hparams[name] is not None}
-        if given and preprocessing.height is not None:
-            raise SettingError(
-                f"data.{next(iter(given))} is set, but the model takes images of "
-                f"{preprocessing.height}x{preprocessing.width} pixels (height x width) alone. Leave it null."
-            )
-        if processor is not None and self.hparams["batching"] == "padded":
-            raise SettingError("data.batching padded is for DETR alone. Leave it out.")
-        if processor is not None and self.hparams["image_backend"] != "pil":
-            raise SettingError(
-                f"data.image_backend is {self.hparams['image_backend']!r}, but the model's own processor "
-                f"({preprocessing.processor}) reads its images. Leave it out."
-            )
-        used = replace(preprocessing, **given)
-        if used.short_side is not None and used.long_side is not None and used.long_side < used.short_side:
-            raise SettingError(f"data.long_side ({used.long_side}) is less than data.short_side ({used.short_side}).")
+        used = with_settings(preprocessing, processor, self.hparams)
         self._ready = self._ready and used == self.input
         self.input, self._processor = used, processor
         self.resize = used.input_size
@@ -359,9 +330,6 @@ class COCODataModule(LightningDataModule):
         batches = plan_batches(
             self.records, self.resize, batch_size, self.hparams["batching"], finished, rank, world_size
         )
-        workers = self.workers(trainer)
-        # Without a batch Lightning would skip the hooks in which ranks meet: an empty one keeps them.
-        padded = self.hparams["batching"] == "padded"
         reader = ImageReader(
             self.source,
             self.hparams["image_backend"],
@@ -370,17 +338,6 @@ class COCODataModule(LightningDataModule):
             self._processor,
             self.hparams["fingerprint"],
         )
-        dataset = ImageBatches(batches or [[]], reader, self.resize, padded)
-        return DataLoader(
-            dataset,
-            # The batches are this rank's already. Lightning leaves a DistributedSampler alone, and would replace any
-            # other by one that shares out the shares again.
-            sampler=DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=False),
-            batch_size=1,
-            collate_fn=unwrap,
-            num_workers=workers,
-            # Lance, where embeddings go into a table, does not survive a fork.
-            multiprocessing_context="spawn" if workers and "lance" in sys.modules else None,
-            worker_init_fn=leave_signals_to_parent,
-            pin_memory=device == "cuda",
-        )
+        # Without a batch Lightning would skip the hooks in which ranks meet: an empty one keeps them.
+        images = ImageBatches(batches or [[]], reader, self.resize, self.hparams["batching"] == "padded")
+        return image_loader(images, self.workers(trainer), device)

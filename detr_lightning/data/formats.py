@@ -18,6 +18,20 @@ from detr_lightning.errors import UnreadableImageError
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
 """The formats that are decoded, whatever a file's extension. Pillow knows more, but hands EPS to another program."""
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+"""The extensions that count as an image in a folder without annotations, in upper or lower case."""
+
+EXTENSIONS_IF_READABLE = {"AVIF": (".avif",), "HEIF": (".heic", ".heif")}
+"""Those that count where the format is read here; see `formats`."""
+
+OTHER_EXTENSIONS = frozenset(
+    (
+        *(".avif", ".cr2", ".cr3", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".nef", ".orf"),
+        *(".pgm", ".ppm", ".psd", ".raf", ".rw2", ".svg", ".tga"),
+    )
+)
+"""Extensions of images that do not count."""
+
 ImageFile: TypeAlias = "str | os.PathLike[str] | BinaryIO | Image.Image"
 """A path, an open file, or an image that is in memory already."""
 
@@ -49,6 +63,11 @@ def formats() -> tuple[str, ...]:
         return readable
     pillow_heif.register_heif_opener()
     return (*readable, "HEIF")
+
+
+def image_extensions() -> tuple[str, ...]:
+    """Return the extensions that count as an image in a folder without annotations."""
+    return (*EXTENSIONS, *(name for kind in formats() for name in EXTENSIONS_IF_READABLE.get(kind, ())))
 
 
 @contextlib.contextmanager

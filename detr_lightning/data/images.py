@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from detr_lightning.data.folder_images import FolderImages
 from detr_lightning.data.headers import HeaderReader, measure
 from detr_lightning.data.records import Failure, ImageRecord, Size
 from detr_lightning.data.selection import read_image_ids, select
 from detr_lightning.data.sources import (
     COCOImages,
-    FolderImages,
     ImageSource,
     Known,
     with_known_size,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from detr_lightning.data.batching import collate
 from detr_lightning.data.decode import Processor, read_image
@@ -179,6 +179,28 @@ def leave_signals_to_parent(_worker: int) -> None:
     sys.excepthook = lambda *_error: None
 
 
-def unwrap(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the one batch that a loader of batches has collected."""
+def image_loader(images: ImageBatches, workers: int, device: str) -> DataLoader[Any]:
+    """Return a loader of batches.
+
+    Args:
+        images: The batches of this rank.
+        workers: The number of data workers.
+        device: The kind of device that the model runs on.
+    """
+    return DataLoader(
+        images,
+        # The batches are this rank's already. Lightning leaves a DistributedSampler alone, and would replace any
+        # other by one that shares out the shares again.
+        sampler=DistributedSampler(images, num_replicas=1, rank=0, shuffle=False),
+        batch_size=1,
+        collate_fn=_unwrap,
+        num_workers=workers,
+        # Lance, where embeddings go into a table, does not survive a fork.
+        multiprocessing_context="spawn" if workers and "lance" in sys.modules else None,
+        worker_init_fn=leave_signals_to_parent,
+        pin_memory=device == "cuda",
+    )
+
+
+def _unwrap(items: list[dict[str, Any]]) -> dict[str, Any]:
     return items[0]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,25 +13,10 @@ from PIL import Image
 
 from detr_lightning.data.coco import COCOFile, read_coco_file
 from detr_lightning.data.decode import rgb
-from detr_lightning.data.files import find_file, image_folder, list_images, open_file
-from detr_lightning.data.formats import ImageFile, formats
+from detr_lightning.data.files import find_file, image_folder, open_file
+from detr_lightning.data.formats import ImageFile
 from detr_lightning.data.records import ImageRecord
 from detr_lightning.errors import InputError, SettingError, SettingTypeError, UnreadableImageError
-from detr_lightning.format.names import ID_DIGITS
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""The extensions that count as an image in a folder without annotations, in upper or lower case."""
-
-EXTENSIONS_IF_READABLE = {"AVIF": (".avif",), "HEIF": (".heic", ".heif")}
-"""Those that count where the format is read here; see `formats`."""
-
-OTHER_EXTENSIONS = frozenset(
-    (
-        *(".avif", ".cr2", ".cr3", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".nef", ".orf"),
-        *(".pgm", ".ppm", ".psd", ".raf", ".rw2", ".svg", ".tga"),
-    )
-)
-"""Extensions of images that do not count."""
 
 
 class Known(Protocol):
@@ -67,52 +50,6 @@ class ImageSource(Protocol):
             FileNotFoundError: It is not there.
             UnreadableImageError: It cannot be opened.
         """
-
-
-class FolderImages:
-    """The images of a folder and its subfolders, without hidden ones.
-
-    Where the stem of every file is an integer of at most 12 digits, that is its id. Else the files are numbered from 1
-    in the order of their relative paths.
-
-    Args:
-        image_dir: The folder.
-
-    Attributes:
-        left_out: How many files of each other extension the folder has.
-    """
-
-    def __init__(self, image_dir: str | Path) -> None:
-        self.image_dir = str(image_dir)
-        self.categories: dict[int, str] = {}
-        self.left_out: Counter[str] = Counter()
-
-    def find(self, known: Mapping[str, Known] = NONE_KNOWN) -> list[ImageRecord]:
-        """Return all images by id.
-
-        Raises:
-            FileNotFoundError: The folder is not there.
-            SettingError: No image, two files with one id, or a linked subfolder that leads out of the folder.
-        """
-        more = [name for kind in formats() for name in EXTENSIONS_IF_READABLE.get(kind, ())]
-        extensions = (*EXTENSIONS, *more)
-        names, self.left_out = list_images(image_folder(self.image_dir), extensions)
-        if not names:
-            others = f"; it has {_counted(self.left_out)}" if self.left_out else ""
-            raise SettingError(
-                f"No image in {self.image_dir} or its subfolders: looked for {', '.join(extensions)}{others}."
-            )
-        ids = _folder_ids(names, {name: entry.image_id for name, entry in known.items()})
-        return sorted((_sized(ids[name], name, known) for name in names), key=lambda record: record.image_id)
-
-    @property
-    def images_left_out(self) -> str:
-        """The extensions of images that were left out and their numbers, such as `11 .heic, 1 .jfif`."""
-        return _counted({name: number for name, number in self.left_out.items() if name in OTHER_EXTENSIONS})
-
-    def open(self, record: ImageRecord) -> ImageFile:
-        """Open an image; see `open_file`."""
-        return open_file(self.image_dir, record)
 
 
 class COCOImages:
@@ -220,7 +157,7 @@ class ListedImages:
             if isinstance(image, Path):
                 if not image.is_file():
                     raise FileNotFoundError(f"images: number {number}, {image}, is no file.")
-                records.append(_sized(number, str(image), known))
+                records.append(unsized(number, str(image), known))
                 continue
             try:
                 digest = f" ({hashlib.sha256(rgb(image).tobytes()).hexdigest()[:16]})"
@@ -234,7 +171,8 @@ class ListedImages:
         return self.images[record.image_id - 1]
 
 
-def _sized(image_id: int, file_name: str, known: Mapping[str, Known]) -> ImageRecord:
+def unsized(image_id: int, file_name: str, known: Mapping[str, Known]) -> ImageRecord:
+    """Return an image whose size only its header states, with the size that an earlier run recorded, or 0."""
     return with_known_size(ImageRecord(image_id, file_name, 0, 0), known)
 
 
@@ -243,29 +181,3 @@ def with_known_size(record: ImageRecord, known: Mapping[str, Known]) -> ImageRec
     entry = known.get(record.file_name)
     width, height, orientation = (getattr(entry, name, None) for name in ("width", "height", "orientation"))
     return replace(record, width=width or 0, height=height or 0, orientation=orientation or 1)
-
-
-def _counted(numbers: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} {name or 'without extension'}" for name, number in sorted(numbers.items()))
-
-
-def _folder_ids(names: list[str], known: Mapping[str, int]) -> dict[str, int]:
-    stems = {name: _integer(name) for name in [*names, *known]}
-    if all(stem is not None and known.get(name, stem) == stem for name, stem in stems.items()):
-        owner: dict[int | None, str] = {}
-        for name in names:
-            first = owner.setdefault(stems[name], name)
-            if first != name:
-                raise SettingError(
-                    f"{first!r} and {name!r} both have the id {stems[name]}. "
-                    "Rename one of them, or name the images in an annotation file."
-                )
-        return {name: image_id for image_id, name in owner.items() if image_id is not None}
-    used = set(known.values())
-    free = (number for number in itertools.count(1) if number not in used)
-    return {name: known[name] if name in known else next(free) for name in names}
-
-
-def _integer(name: str) -> int | None:
-    stem = name.rpartition("/")[2].rpartition(".")[0]
-    return int(stem) if stem.isascii() and stem.isdigit() and len(stem.lstrip("0")) <= ID_DIGITS else None

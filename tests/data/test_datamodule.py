@@ -13,7 +13,8 @@ from PIL import Image
 from ran import RunCLI
 
 from detr_lightning import COCODataModule, DETRExtractor, EmbeddingWriter, extract
-from detr_lightning.data.sources import FolderImages, ListedImages
+from detr_lightning.data.folder_images import FolderImages
+from detr_lightning.data.sources import ListedImages
 from detr_lightning.errors import DETRLightningWarning, SettingError
 from detr_lightning.format.preprocessing import Preprocessing
 from detr_lightning.system import quiet_lightning

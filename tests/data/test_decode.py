@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
+from places import SHARED
 from torchvision.transforms import functional as tv
 
 from detr_lightning.data import formats
@@ -23,7 +24,6 @@ from detr_lightning.data.sources import COCOImages
 from detr_lightning.errors import UnreadableImageError
 from detr_lightning.format.preprocessing import resized_size
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 COCO = SHARED / "coco"
 needs_coco = pytest.mark.skipif(not COCO.is_dir(), reason="needs ../shared/coco beside the repository")
 

@@ -1,4 +1,4 @@
-"""Which images there are: COCO files and folders, good ones and every kind of bad one."""
+"""The images of COCO files, good ones and every kind of bad one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from PIL import Image
 
 from detr_lightning.data.files import open_file
 from detr_lightning.data.headers import HeaderReader, measure
-from detr_lightning.data.records import Failure, ImageRecord
-from detr_lightning.data.selection import read_image_ids, select
-from detr_lightning.data.sources import COCOImages, FolderImages
+from detr_lightning.data.records import ImageRecord
+from detr_lightning.data.sources import COCOImages
 from detr_lightning.errors import InputError, UnreadableImageError
 
 
@@ -40,13 +39,6 @@ def image(**changes: Any) -> dict[str, Any]:
 def read_coco(folder: Path, annotations: Path) -> tuple[list[ImageRecord], dict[int, str]]:
     source = COCOImages(folder, annotations)
     return source.find(), source.categories
-
-
-def read_folder(folder: Path, known: dict[str, int] | None = None) -> tuple[list[ImageRecord], list[Failure]]:
-    source = FolderImages(folder)
-    return measure(
-        HeaderReader(source), source.find({name: ImageRecord(n, name, 0, 0) for name, n in (known or {}).items()})
-    )
 
 
 def locate(folder: Path, record: ImageRecord) -> Path:
@@ -184,154 +176,6 @@ class TestLocate:
             locate(tmp_path, ImageRecord(5, name, 8, 6))
 
 
-class TestReadFolder:
-    def test_integers_are_ids(self, tmp_path: Path) -> None:
-        save(tmp_path, "000000000139.png", (30, 20))
-        save(tmp_path, "sub/12.PNG")
-        save(tmp_path, "0000000000000007.png")
-        records, failures = read_folder(tmp_path)
-        assert [(record.image_id, record.file_name) for record in records] == [
-            (7, "0000000000000007.png"),
-            (12, "sub/12.PNG"),
-            (139, "000000000139.png"),
-        ]
-        assert records[2].size == (20, 30)
-        assert failures == []
-
-    @pytest.mark.parametrize(("first", "second"), [("01.png", "1.png"), ("1.bmp", "1.png"), ("a/1.png", "b/1.png")])
-    def test_one_id_for_two_files(self, tmp_path: Path, first: str, second: str) -> None:
-        save(tmp_path, first)
-        save(tmp_path, second)
-        with pytest.raises(ValueError, match=f"'{first}' and '{second}' both have the id 1"):
-            read_folder(tmp_path)
-
-    def test_others_are_numbered_by_path(self, tmp_path: Path) -> None:
-        names = ["a-b/1.png", "a/2.bmp", "a/b/3.tif", "a/b/4.webp", "b.tiff", "c.jpeg", "d.JPG", "x1.png"]
-        for name in reversed(names):
-            save(tmp_path, name)
-        for hidden in (".hidden.png", ".folder/a.png", "a/.b/c.png", "notes.txt", "png"):
-            path = tmp_path / hidden
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("")
-        records, _ = read_folder(tmp_path)
-        assert [(record.image_id, record.file_name) for record in records] == list(enumerate(names, 1))
-
-    @pytest.mark.parametrize("name", ["1234567890123.png", "-1.png", "1.0.png", "²3.png", "\uff11.png", "1e3.png"])
-    def test_what_is_no_integer(self, tmp_path: Path, name: str) -> None:
-        save(tmp_path, name)
-        save(tmp_path, "55.png")
-        assert sorted(record.image_id for record in read_folder(tmp_path)[0]) == [1, 2]
-
-    def test_unreadable_headers_do_not_stop_it(self, tmp_path: Path) -> None:
-        save(tmp_path, "2.png")
-        (tmp_path / "1.jpg").write_bytes(b"")
-        (tmp_path / "3.jpg").write_bytes(b"no image")
-        (tmp_path / "4.jpg").symlink_to(tmp_path / "gone.jpg")
-        records, failures = read_folder(tmp_path)
-        assert records == [ImageRecord(2, "2.png", 8, 6)]
-        assert [record for record, _ in failures] == [ImageRecord(n, f"{n}.jpg", 0, 0) for n in (1, 3, 4)]
-        reasons = [reason for _, reason in failures]
-        assert reasons[:2] == ["empty file (0 bytes)", "not an image, or its header is broken"]
-        assert reasons[2] == "no such file"
-
-    def test_nothing_there(self, tmp_path: Path) -> None:
-        (tmp_path / "a.txt").write_text("")
-        with pytest.raises(ValueError, match=r"No image in .* looked for \.jpg, .*\.tiff"):
-            read_folder(tmp_path)
-        with pytest.raises(FileNotFoundError, match="does not exist"):
-            read_folder(tmp_path / "nowhere")
-
-    def test_linked_folders(self, tmp_path: Path) -> None:
-        save(tmp_path, "images/sub/1.png")
-        save(tmp_path, "other/2.png")
-        (tmp_path / "images/again").symlink_to("sub")
-        (tmp_path / "images/loop").symlink_to(".")
-        assert [record.file_name for record in read_folder(tmp_path / "images")[0]] == ["sub/1.png"]
-        (tmp_path / "images/out").symlink_to(tmp_path / "other")
-        with pytest.raises(ValueError, match=r"'out' in .* is a symbolic link out of that folder"):
-            read_folder(tmp_path / "images")
-
-    @pytest.mark.parametrize(
-        ("known", "expected"),
-        [
-            ({}, {"a.png": 1, "b.png": 2, "c.png": 3}),
-            ({"b.png": 1, "c.png": 2}, {"a.png": 3, "b.png": 1, "c.png": 2}),
-            ({"b.png": 2}, {"a.png": 1, "b.png": 2, "c.png": 3}),
-            ({"gone.png": 1, "c.png": 7}, {"a.png": 2, "b.png": 3, "c.png": 7}),
-        ],
-    )
-    def test_known_files_keep_their_numbers(
-        self, tmp_path: Path, known: dict[str, int], expected: dict[str, int]
-    ) -> None:
-        for name in expected:
-            save(tmp_path, name)
-        records, _ = read_folder(tmp_path, known)
-        assert {record.file_name: record.image_id for record in records} == expected
-        assert records == sorted(records, key=lambda record: record.image_id)
-
-    def test_known_integers_keep_their_ids_beside_a_name(self, tmp_path: Path) -> None:
-        save(tmp_path, "5.png")
-        assert read_folder(tmp_path)[0][0].image_id == 5
-        save(tmp_path, "a.png")
-        records, _ = read_folder(tmp_path, {"5.png": 5})
-        assert [(record.image_id, record.file_name) for record in records] == [(1, "a.png"), (5, "5.png")]
-        (tmp_path / "a.png").unlink()
-        save(tmp_path, "9.png")
-        records, _ = read_folder(tmp_path, {"5.png": 5, "a.png": 1})
-        assert [(record.image_id, record.file_name) for record in records] == [(2, "9.png"), (5, "5.png")]
-
-
-class TestSelect:
-    records = tuple(ImageRecord(n, f"{n}.jpg", 8, 6) for n in (30, 10, 20))
-
-    def test_subsets(self) -> None:
-        ids = [record.image_id for record in select(self.records)]
-        assert ids == [10, 20, 30]
-        assert [record.image_id for record in select(self.records, limit=2)] == [10, 20]
-        assert [record.image_id for record in select(self.records, limit=9)] == [10, 20, 30]
-        assert [record.image_id for record in select(self.records, image_ids=[30, 10, 30])] == [10, 30]
-        assert [record.image_id for record in select(self.records, image_ids=[30, 10], limit=1)] == [10]
-
-    def test_file_names_choose_too(self) -> None:
-        assert [record.image_id for record in select(self.records, image_ids=["20.jpg", 10])] == [10, 20]
-        with pytest.raises(ValueError, match=r"'3.jpg', which is no image's file name\. Did you mean '30.jpg'"):
-            select(self.records, image_ids=["3.jpg"])
-
-    def test_a_random_subset_is_always_the_same(self) -> None:
-        many = [ImageRecord(n, f"{n}.jpg", 8, 6) for n in range(100)]
-        chosen = select(many, limit=10, shuffle_seed=1)
-        assert chosen == select(many[::-1], limit=10, shuffle_seed=1)
-        assert chosen == sorted(chosen, key=lambda record: record.image_id)
-        assert chosen not in (many[:10], select(many, limit=10, shuffle_seed=2))
-        with pytest.raises(ValueError, match=r"set data\.limit too"):
-            select(many, shuffle_seed=1)
-
-    def test_a_file_of_ids_and_names(self, tmp_path: Path) -> None:
-        path = tmp_path / "ids.txt"
-        path.write_text("\ufeff30\n\n 10.jpg \n", encoding="utf-8")
-        assert read_image_ids(path) == [30, "10.jpg"]
-        with pytest.raises(FileNotFoundError, match=r"data\.image_ids names .*gone\.txt"):
-            read_image_ids(tmp_path / "gone.txt")
-        path.write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(InputError, match="is no text"):
-            read_image_ids(path)
-
-    @pytest.mark.parametrize(
-        ("image_ids", "limit", "message"),
-        [
-            ([10, 11], None, "names 1 ids that no image has: 11. Nearest to 11: 10 and 20"),
-            ([1, 2, 3, 4, 5, 6], None, r"names 6 ids that no image has: 1, 2, 3, 4, 5, \.\.\.\. Nearest to 1: 10"),
-            ([99], None, "Nearest to 99: 30"),
-            ([], None, r"data\.image_ids is empty"),
-            (None, 0, r"data\.limit is 0"),
-            (None, -3, r"data\.limit is -3"),
-        ],
-    )
-    def test_refusals(self, image_ids: list[int] | None, limit: int | None, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            select(self.records, image_ids, limit)
-
-
 values = st.recursive(
     st.none()
     | st.booleans()
@@ -413,25 +257,3 @@ class TestFuzz:
         annotations.write_bytes(content)
         with pytest.raises(ValueError, match=r"bytes\.json"):
             read_coco(folder, annotations)
-
-    @settings(max_examples=200, deadline=None)
-    @given(data=st.data())
-    def test_folders_get_one_id_a_file(self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-        stems = st.sampled_from(["1", "2", "03", "a", "b", "c", "sub/1", "sub/d", "10", "1234567890123"])
-        names = [f"{stem}.png" for stem in data.draw(st.lists(stems, min_size=1, max_size=5, unique=True))]
-        folder = tmp_path_factory.mktemp("folder")
-        for name in names:
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).touch()
-        known = data.draw(st.lists(stems, max_size=4, unique=True))
-        try:
-            first = {record.file_name: record.image_id for record, _ in read_folder(folder)[1]}
-            numbers = {f"{stem}.png": first.get(f"{stem}.png", 500 + n) for n, stem in enumerate(known)}
-            _, failures = read_folder(folder, numbers)
-        except ValueError as error:
-            assert "both have the id" in str(error)  # noqa: PT017
-            return
-        again = {record.file_name: record.image_id for record, _ in failures}
-        assert sorted(again) == sorted(names)
-        assert len(set(again.values())) == len(names)
-        assert all(again[name] == number for name, number in numbers.items() if name in again)
