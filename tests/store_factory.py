@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from places import SHARED
 
 from detr_lightning.format import files, names, schema
 from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.keys import EXTRACT_TYPES, FeatureSizes, ModelShape, dtype_of, shape_of
 from detr_lightning.store import EmbeddingStore
 
-ROOT = Path(__file__).resolve().parent.parent
-COCO = ROOT.parent / "shared" / "coco"
+COCO = SHARED / "coco"
 COCO_ANNOTATIONS = COCO / "annotations" / "instances_val2017.json"
 
 ARCHITECTURE: dict[str, Any] = {

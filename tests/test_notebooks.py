@@ -13,16 +13,15 @@ import pytest
 from jupyter_client import KernelManager
 from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
+from places import ROOT, SHARED
 
 from detr_lightning.shipped import DEMO
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools import readme_pictures  # noqa: E402
+from tools import readme_pictures
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from pages import blocks
+from places import ROOT
 
 from detr_lightning.command.main import main
 from detr_lightning.format.keys import resolve_keys
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SNIPPETS = [path for path in PAGES if blocks(path, "python")]
 

@@ -13,7 +13,6 @@ import torch
 from coco_factory import Coco, make_coco
 from ran import RunCLI
 
-ROOT = Path(__file__).resolve().parents[1]
 Capture = pytest.CaptureFixture[str]
 
 

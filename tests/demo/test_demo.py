@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from ran import RunCLI
 
 from detr_lightning.store.verify import verify
 
-ROOT = Path(__file__).resolve().parents[2]
 # Well below what assets/demo/README.md states, and far above what any mistake in pixels, labels or boxes leaves.
 LEAST_AP50 = 0.9
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from places import ROOT
 from pycocotools.coco import COCO
 
 from detr_lightning.demo import pictures as demo_dataset
 
-ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo"
 sys.path.insert(0, str(ROOT))
 

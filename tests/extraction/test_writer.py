@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 from coco_factory import Coco, make_coco
+from places import SHARED
 from ran import RunCLI
 
 from detr_lightning.format.keys import EXTRACT_TYPES, KEYS, FeatureSizes, ModelShape, nbytes, shape_of
 from detr_lightning.model.detr import Architecture
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def read(folder: Path) -> dict[int, dict[str, torch.Tensor]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 from ran import RunCLI
 
 from detr_lightning.errors import InputError
@@ -18,7 +19,6 @@ from detr_lightning.format.schema import Metadata, ModelRecord, RunRecord, RunSe
 from detr_lightning.store import EmbeddingStore
 from detr_lightning.store.verify import verify
 
-ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 DEMO = ROOT / "assets" / "demo"
 ARCHITECTURE = {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from places import SHARED
 from torch import Tensor
 
 from detr_lightning.data.decode import read_image
@@ -17,7 +17,6 @@ from detr_lightning.model import checkpoints
 from detr_lightning.model.detr import fold, normalise
 from detr_lightning.model.detr.detr import DETR
 
-SHARED = Path(__file__).parents[4] / "shared"
 GOLDEN, IMAGES = SHARED / "golden", SHARED / "coco" / "val2017"
 pytestmark = pytest.mark.skipif(
     not (GOLDEN / "expected.pt").is_file() or not IMAGES.is_dir(),
