@@ -54,9 +54,9 @@ def convert(
         raise FileExistsError(f"{folder} is in use. Name a folder that is empty or does not exist yet.")
     existed = folder is not None and folder.exists()
     images = track(_images(store), len(store), "Converting", progress)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
         if to_files:
             assert folder is not None
             _write_files(store, folder, images)
