@@ -17,7 +17,7 @@ from detr_lightning.model.detr import onednn
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
     """A linear layer over `[..., C]`, with or without a ReLU."""
-    if onednn.usable(x):
+    if onednn.usable(x) and onednn.linear_is_faster(x.dtype):
         return onednn.linear(x, weight, bias, relu)
     x = F.linear(x, weight, bias)
     return x.relu() if relu else x
