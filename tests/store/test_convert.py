@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -68,8 +69,6 @@ def test_where_it_may_go(store: EmbeddingStore, tmp_path: Path) -> None:
     for target in (used, used / "notes.txt"):
         with pytest.raises(FileExistsError, match=r"is in use\. Name a folder that is empty"):
             convert(store.folder, target)
-    with pytest.raises(NotADirectoryError):
-        convert(store.folder, used / "notes.txt" / "table")
     assert content_of(used) == {"notes.txt": b"mine"}
     table = convert(store.folder, tmp_path / "table")
     with pytest.raises(ValueError, match="is a URL, and one file per image needs a folder"):
@@ -77,3 +76,14 @@ def test_where_it_may_go(store: EmbeddingStore, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         convert(tmp_path / "nowhere", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_that_cannot_be_made_says_why(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: object, **_settings: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        convert(store.folder, tmp_path / "table")
