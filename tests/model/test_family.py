@@ -16,6 +16,7 @@ import torch
 from family_reference import (
     LABELS,
     MODELS,
+    SIDES,
     SQUARE,
     attention_of_each_layer,
     build,
@@ -233,12 +234,18 @@ class TestRefused:
             ({"do_resize": False}, "do_resize and do_rescale must be true"),
             ({"rescale_factor": 1.0}, "rescale_factor 1/255"),
             ({"size": {"max_height": 64, "max_width": 96}}, "size is"),
-            ({"size": {"height": 80, "width": 80}}, "does not run"),
+            ({"size": {"height": 80, "width": 80}}, "does not run on an image of 80x80 pixels .* Check `size`"),
         ],
     )
     def test_a_processor_that_does_not_fit(self, folder: Path, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             checkpoints.load(change(folder, "preprocessor_config.json", **changes))
+
+    def test_a_model_of_one_size_whose_processor_leaves_it_open(self, tmp_path: Path) -> None:
+        folder = save(build("lw_detr"), tmp_path)
+        free = change(folder, "preprocessor_config.json", size=SIDES)
+        with pytest.raises(ValueError, match=r"lw_detr does not run on an image of 256x256 pixels .* `size` open"):
+            checkpoints.load(free)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
