@@ -123,10 +123,15 @@ class FamilyDetector(nn.Module):
         """The properties of the model's type."""
         return MODEL_TYPES[self.model.config.model_type]
 
+    @property
+    def probed(self) -> Size:
+        """Height and width of the image that the sizes are found with."""
+        return self.input_size or PROBE
+
     @cached_property
     def architecture(self) -> FamilyArchitecture:
         """The sizes. The model is run once to find them."""
-        size = self.input_size or PROBE
+        size = self.probed
         image = torch.zeros(1, 3, *size, dtype=self.model.dtype, device=self.model.device)
         with torch.inference_mode():
             out, levels = self._run(image, ("backbone_features", "encoder_output", "decoder_output", "pred_logits"))

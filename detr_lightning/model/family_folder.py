@@ -14,7 +14,7 @@ from detr_lightning.errors import InputError, MissingPackageError
 from detr_lightning.format.keys import Size
 from detr_lightning.model.checkpoint import Checkpoint
 from detr_lightning.model.detr.hugging_face import read_config, weight_files
-from detr_lightning.model.family import MODEL_TYPES, PROBE, FamilyDetector
+from detr_lightning.model.family import MODEL_TYPES, FamilyDetector
 from detr_lightning.model.image_processor import load_processor
 from detr_lightning.model.labels import coco_ids, coco_names, names_of_config
 from detr_lightning.model.transformers_package import INSTALL, import_transformers, without_report
@@ -50,7 +50,7 @@ def load_folder(folder: Path, name: str, model_type: str) -> Checkpoint:
         names = names_of_config({"id2label": model.model.config.id2label})
         shape = model.architecture.shape
     except Exception as error:  # of a network that does not run at the size it is to have
-        height, width = input_size or PROBE
+        height, width = model.probed
         advice = "Check `size` in its preprocessor_config.json."
         if input_size is None:
             advice = (

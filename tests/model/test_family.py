@@ -241,10 +241,12 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             checkpoints.load(change(folder, "preprocessor_config.json", **changes))
 
-    def test_a_model_of_one_size_whose_processor_leaves_it_open(self, tmp_path: Path) -> None:
-        folder = save(build("lw_detr"), tmp_path)
+    def test_a_model_of_few_sizes_whose_processor_leaves_them_open(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("detr_lightning.model.family.PROBE", (80, 80))
         free = change(folder, "preprocessor_config.json", size=SIDES)
-        with pytest.raises(ValueError, match=r"lw_detr does not run on an image of 256x256 pixels .* `size` open"):
+        with pytest.raises(ValueError, match=r"rf_detr does not run on an image of 80x80 pixels .* leaves the size open"):
             checkpoints.load(free)
 
     @pytest.mark.parametrize(
