@@ -246,7 +246,7 @@ class TestRefused:
     ) -> None:
         monkeypatch.setattr("detr_lightning.model.family.PROBE", (80, 80))
         free = change(folder, "preprocessor_config.json", size=SIDES)
-        with pytest.raises(ValueError, match=r"rf_detr does not run on an image of 80x80 pixels .* leaves the size open"):
+        with pytest.raises(ValueError, match=r"does not run on an image of 80x80 pixels .* leaves the size open"):
             checkpoints.load(free)
 
     @pytest.mark.parametrize(
