@@ -14,7 +14,7 @@ from detr_lightning.gpu import move, side_stream
 
 
 def split(batch: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Split what `predict_step` returned into images, each tensor cropped to the image's own area.
+    """Split the result of `predict_step` into images, each tensor cropped to the image's own area.
 
     Args:
         batch: `image_id` (list of int), the sizes of feature maps, a batch-first tensor for each key and, where images
@@ -28,7 +28,7 @@ def split(batch: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, torch.Tenso
 
 
 def image_at(index: int, batch: Mapping[str, Any], features: FeatureSizes) -> dict[str, torch.Tensor]:
-    """Return the tensors of one image of a batch, whose sizes `features` tells: views, as `split` yields them."""
+    """Return the tensors of one image of a batch, with feature maps of the sizes `features`: views, as from `split`."""
     mask = batch.get("padding_mask")
     image = {}
     for key in batch:
@@ -39,7 +39,7 @@ def image_at(index: int, batch: Mapping[str, Any], features: FeatureSizes) -> di
 
 
 def sizes_to_batch(features: Sequence[FeatureSizes]) -> dict[str, Any]:
-    """Return the entries of a batch that tell the sizes of feature maps, in the words of `metadata.json`."""
+    """Return the entries of a batch that state the sizes of feature maps, in the terms of `metadata.json`."""
     sizes: dict[str, Any] = {"feature_sizes": [list(one.levels) for one in features]}
     if all(len(one.levels) == 1 for one in features):
         sizes = {"feature_size": [one.levels[0] for one in features]}
@@ -49,7 +49,7 @@ def sizes_to_batch(features: Sequence[FeatureSizes]) -> dict[str, Any]:
 
 
 def sizes_of_batch(batch: Mapping[str, Any]) -> list[FeatureSizes]:
-    """Return the sizes of each image's feature maps, from what `sizes_to_batch` made."""
+    """Return the sizes of each image's feature maps from the entries that `sizes_to_batch` makes."""
     levels = batch["feature_sizes"] if "feature_sizes" in batch else [[size] for size in batch["feature_size"]]
     backbones = batch.get("backbone_size") or [one[0] for one in levels]
     return [FeatureSizes(tuple(one), backbone) for one, backbone in zip(levels, backbones, strict=True)]
@@ -73,10 +73,10 @@ class HostBatch:
     """A batch on its way to the CPU, one copy for each key, while the GPU goes on.
 
     Args:
-        prediction: What `predict_step` returned.
+        prediction: The result of `predict_step`.
 
     Attributes:
-        tensors: The same on the CPU. What came from a GPU may be read after `wait`.
+        tensors: The same on the CPU. After a copy from a GPU they may be read once `wait` has returned.
     """
 
     def __init__(self, prediction: Mapping[str, Any]) -> None:

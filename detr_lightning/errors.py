@@ -53,7 +53,7 @@ class MissingPackageError(DETRLightningError, ImportError):
 
 
 class DETRLightningWarning(UserWarning):
-    """Results that may not be what was meant. The command prints the message alone."""
+    """Warns of results that the user may not have meant. The command prints the message alone."""
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:

@@ -37,8 +37,8 @@ class DETRExtractor(LightningModule):
         keys: Exactly these tensors instead, such as `[query_embeddings, pred_boxes]`. There are `backbone_features`,
             `encoder_output`, `decoder_output`, `query_embeddings`, `pred_logits`, `pred_boxes` and, on request alone,
             `cross_attention` and `encoder_layers`.
-        nheads: Attention heads, where the checkpoint does not tell.
-        dilation: Whether the last stage is dilated (DC5), where the checkpoint does not tell.
+        nheads: Attention heads, if the checkpoint does not state them.
+        dilation: Whether the last stage is dilated (DC5), if the checkpoint does not state it.
         ema: Take the averaged (EMA) weights of a file that also holds others.
         compile: Run the network through `torch.compile`.
         tf32: Let float32 matrix products and convolutions on a GPU round their inputs to TensorFloat-32.
@@ -74,7 +74,7 @@ class DETRExtractor(LightningModule):
         if compile and not isinstance(self.detr, DETR):
             raise SettingError(f"model.compile is for DETR alone, and {weights} is a {self.checkpoint.family}.")
         self.further_keys: tuple[str, ...] = ()
-        """Keys that `predict_step` returns besides, for a writer that needs them."""
+        """Further keys that `predict_step` returns, for a writer that needs them."""
         self.network: DETR | FamilyDetector | None = None
         self._replay: Replay | None = None
         self.results: list[dict[str, Any]] = []
@@ -120,7 +120,7 @@ class DETRExtractor(LightningModule):
         On a CPU the images of a batch go through the network one by one: its caches hold one image's features, memory
         does not grow with the batch, and not a bit of a result depends on which images share it.
         """
-        if self.network is None:  # without a Trainer, after what `.cuda()` or `.double()` made of this module
+        if self.network is None:  # without a Trainer, and again after `.cuda()` or `.double()`
             assert isinstance(self.dtype, torch.dtype)
             self._build(self.dtype)
         assert self.network is not None
@@ -148,7 +148,7 @@ class DETRExtractor(LightningModule):
         """Return the embeddings of a batch.
 
         Args:
-            batch: What `COCODataModule` serves.
+            batch: A batch of `COCODataModule`.
             batch_idx: Not used.
             dataloader_idx: Not used.
 
@@ -171,7 +171,7 @@ class DETRExtractor(LightningModule):
         else:
             features = [self.detr.architecture.feature_sizes(size) for size in batch["input_size"]]
         names = [*keys, *(["padding_mask"] if "padding_mask" in tensors else [])]
-        # What is cloned outside of inference mode can enter autograd.
+        # A tensor cloned outside of inference mode can enter autograd.
         with torch.inference_mode(False), torch.no_grad():
             kept = {name: tensors[name].clone() if tensors[name].is_inference() else tensors[name] for name in names}
         return {"image_id": batch["image_id"], **sizes_to_batch(features)} | kept

@@ -1,4 +1,4 @@
-"""What a GPU can do beside the model: copies of the next images to it, and of the last embeddings from it."""
+"""Copies that run beside the model on a GPU: of the next images to it, and of the last embeddings from it."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Job:
         self.complete = False
 
     def prepare(self, precision: Any = None, allow_slow_precision: bool = False) -> None:
-        """Refuse a Trainer that cannot do it, and download what is missing.
+        """Refuse a Trainer that cannot do it, and download missing files.
 
         Args:
             precision: The precision that was asked for. Lightning itself replaces `16-mixed` on a CPU.
@@ -82,11 +82,11 @@ class Job:
         else:
             complete = self.writer.plan(self.trainer, self.model, self.data).complete
         self.model.warn_of_names(self.data)
-        self.data.workers(self.trainer)  # which refuses what cannot be
+        self.data.workers(self.trainer)  # which refuses more than fit
         return complete
 
     def predict(self) -> None:
-        """Run the model over the images that are not finished, if there are any; callbacks take what it returns."""
+        """Run the model over the images that are not finished, if there are any; callbacks take its results."""
         if not self.complete:
             with restore_settings(), meeting(self.trainer):
                 self.trainer.predict(self.model, self.data, return_predictions=False)
@@ -137,7 +137,7 @@ def meeting(trainer: Trainer) -> Iterator[None]:
 
 
 def check_trainer(trainer: Trainer, precision: Any = None, allow_slow_precision: bool = False) -> None:
-    """Refuse what a Trainer cannot do with DETR.
+    """Refuse settings of a Trainer that DETR cannot follow.
 
     Args:
         trainer: The Trainer.

@@ -22,9 +22,9 @@ def track(items: Iterable[T], total: int, description: str, progress: bool | Non
     """Yield the items, with a progress bar where the work turns out to be long.
 
     Args:
-        items: What to go through.
+        items: The items.
         total: Their number.
-        description: What is being done, shown before the bar.
+        description: The activity, shown before the bar.
         progress: True for a bar from the start, False for none, None for one when there are more than 1000 items or
             two seconds have passed.
     """

@@ -13,7 +13,7 @@ DEMO = HOME / "assets" / "demo"
 
 
 def config_names() -> list[str]:
-    """Return the names that `--config` takes besides paths."""
+    """Return the names that `--config` takes instead of a path."""
     return sorted(path.stem for path in (HOME / "configs").glob("*.yaml"))
 
 

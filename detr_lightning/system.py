@@ -39,7 +39,7 @@ QUIET = (
 
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep what Lightning prints about itself, the hardware and its own dependencies out of a run's output."""
+    """Keep Lightning's messages on itself, the hardware and its dependencies out of a run's output."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -130,7 +130,7 @@ def available_cores() -> int:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees for its next allocations, where the C library is glibc.
+    """Let this process keep freed memory for its next allocations, where the C library is glibc.
 
     A feature map of DETR's first stage takes 55 MB in float32. By default glibc hands blocks of this size back to the
     system when they are freed, and the system clears every page anew for the next image: a tenth of an image's time.
@@ -152,7 +152,7 @@ class SideThreads(ThreadPoolExecutor):
 
     Args:
         number: How many threads.
-        name: What their names begin with.
+        name: The beginning of their names.
     """
 
     def __init__(self, number: int, name: str) -> None:

@@ -66,7 +66,7 @@ def source_of(path: Path) -> dict[str, Any]:
     """
     try:
         metadata = parquet.read_schema(path).metadata or {}
-    except Exception as error:  # Arrow has several types for what it cannot read.
+    except Exception as error:  # Arrow has several types of error for unreadable files.
         raise InputError(f"{path} is not a Parquet file ({error}). Remove it, or name another one.") from error
     content: dict[str, Any] = json.loads(metadata.get(SOURCE, b"{}"))
     return content

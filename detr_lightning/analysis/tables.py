@@ -83,7 +83,7 @@ def write_objects(
 
 
 def stream(reader: ObjectReader, path: Path, progress: bool | None = None) -> Counter[str]:
-    """Write what a reader finds to a Parquet file, and return how many objects had each outcome."""
+    """Write the objects of a reader to a Parquet file, and return how many had each outcome."""
     counts: Counter[str] = Counter()
     schema = _schema(reader)
     with replacing(path) as file, parquet.ParquetWriter(file, schema, use_dictionary=_TEXTS) as writer:

@@ -129,7 +129,7 @@ class DETRCLI(LightningCLI):
         return writer
 
     def before_predict(self) -> None:
-        """Print what will be done, and refuse what cannot be.
+        """Print the plan, and refuse one that cannot be carried out.
 
         Raises:
             CommandError: The disk is too small, or the precision is not available.
@@ -162,7 +162,7 @@ class DETRCLI(LightningCLI):
         self._say(*reports.result(self.writer, metadata, time.monotonic() - began, self.trainer.world_size))
 
     def before_validate(self) -> None:
-        """Refuse what cannot be validated.
+        """Refuse settings that cannot be validated.
 
         Raises:
             SettingError: There are no annotations, or the precision is not available.

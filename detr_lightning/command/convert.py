@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Convert, and print what there is now."""
+    """Convert, and print a summary of the result."""
     store = convert(options.source, options.target)
     print(f"{store.name}: {count(len(store), 'image')} in {'one table' if store.is_table else 'files'}")
     return 0

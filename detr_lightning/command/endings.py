@@ -32,11 +32,11 @@ FAILURES = {
 
 
 def exit_code(run: Callable[[], object], kept: str = "") -> int:
-    """Run something and print what ended it as one message. A programming error shows its traceback.
+    """Run something and print the error that ended it as one message. A programming error shows its traceback.
 
     Args:
-        run: What to run.
-        kept: What the message ends with where a part of the work was done.
+        run: The function to run.
+        kept: The end of the message, if a part of the work was done.
 
     Returns:
         0 for success, 1 for an error, 130 after Ctrl-C.

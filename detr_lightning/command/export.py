@@ -11,7 +11,7 @@ FORMATS = ("npy", "parquet", "safetensors", "coco")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the folder, the output file and what goes into it."""
+    """Add the folder, the output file and the settings of its content."""
     parser.add_argument("folder", help="the output folder of an extraction")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--format", choices=FORMATS, default="npy", help="default: npy; coco: detection results")

@@ -24,7 +24,7 @@ from detr_lightning.system import available_cores
 
 
 def announcement(job: Job, free: int | None) -> list[RenderableType]:
-    """Return what a planned run will do, and what each of its files will hold.
+    """Return the announcement of a planned run, and the content of each file.
 
     Args:
         job: After `plan`, with a writer.
@@ -88,7 +88,7 @@ def threads_per_rank(trainer: Trainer) -> int:
 
 
 def cautions(trainer: Trainer) -> list[str]:
-    """Return warnings of what would make a run slow."""
+    """Return warnings of settings that make a run slow."""
     if trainer.strategy.root_device.type != "cpu":
         return []
     ranks, cores = trainer.num_devices, available_cores()
@@ -105,11 +105,11 @@ def cautions(trainer: Trainer) -> list[str]:
 
 
 def result(writer: EmbeddingWriter, metadata: Metadata, seconds: float, ranks: int) -> list[RenderableType]:
-    """Return what a run did.
+    """Return the report of a finished run.
 
     Args:
         writer: Of rank 0.
-        metadata: What the writer wrote at the end.
+        metadata: The metadata that the writer wrote.
         seconds: How long it took.
         ranks: How many ranks there were.
     """
@@ -129,7 +129,7 @@ def result(writer: EmbeddingWriter, metadata: Metadata, seconds: float, ranks: i
 
 
 def next_command(writer: EmbeddingWriter) -> str:
-    """Return what to type when the embeddings are there."""
+    """Return the next command, once the embeddings exist."""
     return f"Next: detr-lightning summary {shlex.quote(str(writer.output_dir))}"
 
 

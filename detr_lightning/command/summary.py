@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what the folder holds, and how often each category was detected."""
+    """Print the folder's content, and how often each category was detected."""
     out = Console()
     out.print(summary(options.folder))
     store = EmbeddingStore(options.folder, partial=True)

@@ -92,7 +92,7 @@ def _tensor_settings(content: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _check_name(verb: str, name: str, where: str, flag: bool = False) -> None:
-    """Refuse a setting that there is not, or that only the other verb has."""
+    """Refuse a setting that does not exist, or that only the other verb has."""
     for source, target in LINKS.items():
         if name == target:
             raise SettingError(f"{where}{target} is set by its top-level key: use {source} (--{source}) instead.")

@@ -33,7 +33,7 @@ class COCOFile:
     annotations: list[dict[str, Any]]
 
     def ground_truth(self, image_ids: Collection[int]) -> dict[str, Any]:
-        """Return what is needed to evaluate detections in these images, as a COCO dataset.
+        """Return the annotations of these images as a COCO dataset, to evaluate detections.
 
         Raises:
             InputError: None of the images has an annotation.
@@ -59,14 +59,14 @@ def read_coco_file(
 ) -> COCOFile:
     """Read and check a COCO annotation file, in any encoding of Unicode.
 
-    What has one meaning is normalised: integers and numbers written as text, integers with a decimal point, a missing
-    `area` or `iscrowd`. What has none is refused: NaN, infinity, a repeated image id, a box that is none.
+    Values with one meaning are normalised: integers and numbers written as text, integers with a decimal point, a
+    missing `area` or `iscrowd`. Values without one are refused: NaN, infinity, a repeated image id, an unusable box.
 
     Args:
         source: The file.
         annotations: `skip` leaves them unread, `boxes` checks them and drops their segmentation, `whole` keeps every
             field and also takes images without a `file_name`.
-        setting: What the user knows the file as.
+        setting: The user's name for the file.
 
     Raises:
         FileNotFoundError: The file is not there.
@@ -97,7 +97,7 @@ def read_coco_file(
 
 
 def _trim(annotations: str) -> Callable[[dict[str, Any]], dict[str, Any] | None] | None:
-    """Return what reduces each object of the file while it is parsed: most of a file is what is not needed here."""
+    """Return a function that reduces each object of the file while it is parsed: most of a file is not needed here."""
     if annotations == "whole":
         return None
     skip = annotations == "skip"

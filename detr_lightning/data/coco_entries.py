@@ -1,4 +1,4 @@
-"""One entry of a COCO file: the one form of its values, and what is wrong with those that have none."""
+"""One entry of a COCO file: its values in one form, and an error that names each value that cannot be used."""
 
 from __future__ import annotations
 

@@ -77,8 +77,8 @@ class COCODataModule(LightningDataModule):
         batching: `exact` puts only images of one resized size in a batch, so nothing is padded and no image changes
             another's embeddings. `padded` fills up smaller images as the official code does, in the order of the ids.
         image_backend: `pil` gives the official pixels bit for bit; `torchvision` is faster, within 1 level of 255.
-        exif: `ignore` takes pixels as they are stored, as the official code does; `apply` turns images as their EXIF
-            tag tells. Sizes and boxes are then those of the turned image.
+        exif: `ignore` takes pixels as they are stored, as the official code does; `apply` turns images by their EXIF
+            tag. Sizes and boxes are then those of the turned image.
         on_error: What to do about an image that cannot be read: `raise`, or `skip` it and list it in the metadata.
         fingerprint: How a resumed run knows a finished image again: `names` compares its file's name and size in
             pixels; `content` also records the sha256 of the file, and reads all finished images' files to compare it.
@@ -90,7 +90,7 @@ class COCODataModule(LightningDataModule):
         download: Fetch COCO val2017 (1 GB) to `image_dir` and `annotation_file` where they are missing.
 
     Raises:
-        ValueError: A setting that is not allowed; the message says what is.
+        ValueError: A setting that is not allowed; the message names the allowed ones.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class COCODataModule(LightningDataModule):
         return lambda image_ids: hash_files(self.source, [r for r in self.records if r.image_id in image_ids])
 
     def prepare_data(self) -> None:
-        """Download what is missing, if asked to. Lightning calls it in one process of each node."""
+        """Download missing files, if asked to. Lightning calls it in one process of each node."""
         if self.hparams["download"]:
             from detr_lightning.data.download import download_val2017
 
@@ -215,7 +215,7 @@ class COCODataModule(LightningDataModule):
             download_val2017(Path(self.image_dir), annotation_file)
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the images and their sizes on rank 0, and the annotations that validation needs; tell the other ranks.
+        """Find the images, their sizes, and the annotations for validation on rank 0; send them to the other ranks.
 
         Raises:
             FileNotFoundError: The folder or the annotation file is not there.

@@ -64,14 +64,14 @@ def read_image(
 
     Args:
         source: The file, open or by its path, or an image in memory.
-        record: What the file should hold.
+        record: The expected content of the file.
         size: Height and width of the result.
         backend: `pil` gives the official pixels bit for bit. `torchvision` is faster for JPEG and stays within 1
             level of 255; it reads other formats, and CMYK, through Pillow.
         max_pixels: See `open_image`.
         exif: `ignore` takes the pixels as they are stored, as the official code does; `apply` turns the image as its
             EXIF tag tells.
-        processor: What makes the model's input of an RGB image and a size instead.
+        processor: Makes the model's input of an RGB image and a size instead.
 
     Returns:
         uint8 `[3, height, width]`, whose memory is ordered height, width, channel, or what `processor` returns; and the
@@ -169,7 +169,7 @@ def rgb(image: Image.Image) -> Image.Image:
 def _torchvision_pixels(
     source: ImageFile, image: Image.Image, size: tuple[int, int], turn: bool
 ) -> torch.Tensor | None:
-    """Decode and resize a JPEG without Pillow; return None for what is left to it.
+    """Decode and resize a JPEG without Pillow; return None for files that are left to it.
 
     That is every other format: torchvision's PNG decoder ends the process on some damaged files (seen with 0.29).
     """

@@ -52,8 +52,8 @@ def download_val2017(image_dir: Path, annotation_file: Path | None) -> None:
         annotation_file: Where the annotations go; skipped where the file exists, or None.
 
     Raises:
-        ConnectionError: The server does not deliver; what has arrived is kept, and the same call goes on with it.
-        ValueError: What arrived is not what COCO published.
+        ConnectionError: The server does not deliver; the bytes that arrived are kept, and the same call continues.
+        ValueError: The downloaded file is not the one that COCO published.
     """
     if annotation_file is not None:
         with _alone_in(annotation_file.parent):

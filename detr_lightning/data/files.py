@@ -1,4 +1,4 @@
-"""The files of an image folder: found by name, opened inside the folder, listed without what lies outside."""
+"""The files of an image folder: found by name, opened and listed only inside the folder."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def list_images(folder: Path, extensions: tuple[str, ...]) -> tuple[list[str], C
 
     Args:
         folder: The folder.
-        extensions: What counts as an image, in lower case.
+        extensions: The extensions that count as an image, in lower case.
 
     Returns:
         The paths, and how many files have each other extension.

@@ -23,7 +23,7 @@ READERS = 8
 
 @dataclass(frozen=True)
 class HeaderReader:
-    """Reads what headers state.
+    """Reads sizes and orientations from headers.
 
     Args:
         source: Where the images come from.

@@ -52,7 +52,7 @@ class Choice:
         known: Mapping[str, Known],
         every_header: bool = False,
     ) -> Images:
-        """Return the images of a run, and warn of what a user may not expect.
+        """Return the images of a run, with warnings where a user may expect other ones.
 
         Args:
             source: Where they come from.

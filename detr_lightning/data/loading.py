@@ -168,7 +168,7 @@ class ImageBatches(Dataset[dict[str, Any]]):
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """Let what is sent to a whole group, as Ctrl-C is, be answered in one place: workers end when their parent does.
+    """Ignore signals that are sent to a whole group, such as Ctrl-C: workers end when their parent does.
 
     A parent that itself ends while a batch iterator is still referenced sends SIGTERM and waits without a limit. A
     worker cannot tell the two apart: it ends, but only when the parent has had the time to answer.

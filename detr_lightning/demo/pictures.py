@@ -126,7 +126,7 @@ def annotate(category_id: int, polygons: list[np.ndarray], width: int, height: i
 def place(
     rng: np.random.Generator, radius: float, taken: list[tuple[float, ...]], width: int, height: int
 ) -> np.ndarray | None:
-    """Return a centre where a circle of this radius fits without touching what is there, or None after 30 tries."""
+    """Return a centre where a circle of this radius fits without touching another shape, or None after 30 tries."""
     for _ in range(30):
         centre = rng.uniform((radius + 1, radius + 1), (width - radius - 1, height - radius - 1))
         if all(math.dist(centre, other[:2]) > radius + other[2] for other in taken):

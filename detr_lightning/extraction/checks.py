@@ -109,7 +109,7 @@ def refuse_missing(output_dir: Place, missing: Sequence[int], planned: int, lack
         output_dir: The output folder or URL.
         missing: The ids of the planned images that are missing.
         planned: The number of planned images.
-        lack: What they have none of.
+        lack: The thing that they lack.
 
     Raises:
         IncompleteError: One is; the message names a few.

@@ -50,7 +50,7 @@ class Journal:
                 ) from error
 
     def close(self, done: bool) -> None:
-        """Give the lock up; `done` tells that the rank went through all its images."""
+        """Release the lock; `done` states that the rank has processed all its images."""
         if not self._file.closed:
             if done:
                 self.add(DONE)
@@ -72,7 +72,7 @@ def await_done(journals: list[Path]) -> None:
 
     Raises:
         RuntimeError: A rank's process ended before.
-        OSError: The file system no longer tells.
+        OSError: The file system no longer reports locks.
     """
     for journal in journals:
         while is_locked(journal):

@@ -1,4 +1,4 @@
-"""The run of each layout: which images it plans, what earlier runs recorded, and where it writes."""
+"""The run of each layout: its planned images, the record of earlier runs, and the class that writes it."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def is_locked(path: Path) -> bool:
 
     Raises:
         InputError: It is a link.
-        OSError: The file system does not tell.
+        OSError: The file system does not report locks.
     """
     try:
         descriptor = no_link(str(path), os.O_RDONLY)

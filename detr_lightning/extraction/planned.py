@@ -1,4 +1,4 @@
-"""One run of an extraction, whatever its layout: what is planned, and the steps that every run goes through."""
+"""One run of an extraction in any layout: its plan, and the steps of every run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PlannedRun(ABC):
         hash_files: Given, the files of finished images are compared with those that were extracted.
 
     Attributes:
-        token: What tells this run from others, once it has begun.
+        token: Identifies this run, once it has begun.
         finished: After `inspect`, the images that need not be computed.
         complete: After `inspect`, whether nothing is left to do.
     """
@@ -53,7 +53,7 @@ class PlannedRun(ABC):
 
     @abstractmethod
     def inspect(self) -> None:
-        """Find out what is finished, and change nothing.
+        """Find the finished images, and change nothing.
 
         Raises:
             OSError: The output folder cannot be used or read.
@@ -92,7 +92,7 @@ class PlannedRun(ABC):
 
     @abstractmethod
     def leave(self, done: bool) -> None:
-        """End this rank; `done` tells that it went through all its images."""
+        """End this rank; `done` states that it has processed all its images."""
 
     @abstractmethod
     def release(self) -> None:

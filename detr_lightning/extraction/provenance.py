@@ -1,4 +1,4 @@
-"""The provenance of embeddings: all that their metadata records besides the images."""
+"""The provenance of embeddings: everything that their metadata records except the images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detr_lightning.format.keys import QUERY_INDEX
 from detr_lightning.format.schema import ModelRecord, RunRecord, RunSettings
 
 PACKAGES = ("lightning", "torch", "torchvision", "pillow")
-"""Whose versions are told: what numbers may depend on."""
+"""Packages whose versions are recorded: the numbers may depend on them."""
 
 
 def provenance(trainer: Trainer, model: DETRExtractor, data: COCODataModule, writer: Mapping[str, Any]) -> RunRecord:

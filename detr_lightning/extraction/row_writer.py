@@ -48,7 +48,7 @@ class RowWriter:
             self.flush()
 
     def flush(self, commit: bool = False) -> None:
-        """Write what is waiting to a fragment, and commit where that is due."""
+        """Write the waiting rows to a fragment, and commit if that is due."""
         with self._flushing:
             with self._filling:
                 rows, self._rows, self._waiting = self._rows, [], 0

@@ -1,4 +1,4 @@
-"""An extraction into a folder: what is already there, what is missing, and when it is finished."""
+"""An extraction into a folder of files: which images are finished, which are missing, and its end."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ExtractionRun(PlannedRun):
         failures: Planned images that cannot be read.
         if_exists: `resume`, `overwrite` or `error`.
         hash_files: Given, the files of finished images are compared with those that were extracted.
-        previous: What `read_previous` returned for the folder, if it was called; it is read again if it has changed.
+        previous: The result of `read_previous` for the folder, if it was called; it is read again if it has changed.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ExtractionRun(PlannedRun):
         self._journal: Journal | None = None
 
     def inspect(self) -> None:
-        """Find out what is finished, and change nothing.
+        """Find the finished images, and change nothing.
 
         Raises:
             OSError: The folder is a file or cannot be read.
@@ -102,7 +102,7 @@ class ExtractionRun(PlannedRun):
         )
 
     def begin(self) -> None:
-        """Take the folder: refuse if another run has it, clear up after a dead one, and write down what is planned.
+        """Take the folder: refuse if another run has it, clear up after a dead one, and record the plan.
 
         Raises:
             BusyError: Another run is at work in the folder.
@@ -129,7 +129,7 @@ class ExtractionRun(PlannedRun):
         if self.if_exists == "overwrite" or self._previous.void:
             self._forget()
         with replacing(state / "done.jsonl") as file:
-            # What is planned now is tried again.
+            # A skipped image that is planned again is tried again.
             failed = {i: entry for i, entry in self._previous.failed.items() if i not in self.images}
             kept: list[ImageEntry | SkippedImage] = [*failed.values(), *self.finished.values()]
             for entry in kept:
@@ -174,7 +174,7 @@ class ExtractionRun(PlannedRun):
         self._write(SkippedImage(image_id, self.images[image_id].file_name, reason))
 
     def leave(self, done: bool) -> None:
-        """Close this rank's journal; `done` says that the rank has been through all it was given."""
+        """Close this rank's journal; `done` states that the rank has processed all its images."""
         if self._journal is not None:
             self._journal.close(done)
 
@@ -224,7 +224,7 @@ class ExtractionRun(PlannedRun):
         self._journal.add(entry.to_json())
 
     def _forget(self) -> None:
-        """Remove what earlier runs wrote, and nothing else. If this is cut short, the next run goes on with it."""
+        """Remove the files of earlier runs, and no others. If this is cut short, the next run continues it."""
         self._previous.failed = {}
         for journal in (self.folder / STATE).glob("*.jsonl"):
             journal.unlink()

@@ -88,11 +88,11 @@ class TableLocation(ABC):
 
     @abstractmethod
     def leave(self, done: bool) -> None:
-        """Let the other processes know that this rank has ended; `done`: with all its images."""
+        """Let the other processes know that this rank has ended; `done` states that it has processed all its images."""
 
     @abstractmethod
     def await_ranks(self, world_size: int, image_ids: Collection[int]) -> None:
-        """Wait until every rank is through with its images, or none is expected to be.
+        """Wait until every rank has processed its images, or gives no more sign of life.
 
         Raises:
             RuntimeError: A rank ended early.
@@ -141,7 +141,7 @@ class FolderLocation(TableLocation):
         (self._folder / METADATA).unlink(missing_ok=True)
 
     def take(self) -> None:
-        """Lock the folder, and remove what a dead run left."""
+        """Lock the folder, and remove the journals of a dead run."""
         self._lock = lock_folder(self._folder)
         sweep(self._folder)
         for journal in (self._folder / STATE).glob("rank-*.jsonl"):

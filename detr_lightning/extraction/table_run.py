@@ -49,7 +49,7 @@ class TableRun(PlannedRun):
         failures: Planned images that cannot be read.
         if_exists: `resume`, `overwrite` or `error`.
         hash_files: Given, the files of finished images are compared with those that were extracted.
-        previous: What the table held, if it was read; it is read again if it has changed.
+        previous: The record of earlier runs, if it was read; it is read again if the table has changed.
         features: The feature maps of one image.
         commit_seconds: A rank commits its rows when its last commit is this long ago: a kill loses no older work.
     """
@@ -77,7 +77,7 @@ class TableRun(PlannedRun):
         self._rows: RowWriter | None = None
 
     def inspect(self) -> None:
-        """Find out what is finished, and change nothing.
+        """Find the finished images, and change nothing.
 
         Raises:
             OSError: The folder is a file, or the object store does not answer.
@@ -138,7 +138,7 @@ class TableRun(PlannedRun):
         found.configure({_RUN + self.token: begun, PLANNED: str(num_planned)})
 
     def _create(self) -> Table | None:
-        """Return a new table, or None where another run has made it meanwhile."""
+        """Return a new table, or None if another run made it first."""
         try:
             return Table.create(self.output_dir, self._schema)
         except OSError:
@@ -175,7 +175,7 @@ class TableRun(PlannedRun):
         self._add(SkippedImage(image_id, self.images[image_id].file_name, reason), {})
 
     def leave(self, done: bool) -> None:
-        """Close this rank's journal; where the rank went through all its images, commit what is waiting first."""
+        """Close this rank's journal; once the rank has processed all its images, commit the waiting rows first."""
         if done:
             assert self._rows is not None, "join comes first"
             self._rows.flush(commit=True)

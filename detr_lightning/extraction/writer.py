@@ -41,12 +41,12 @@ class EmbeddingWriter(BasePredictionWriter):
             wrote, or stop with an `error` unless it is empty.
         threads: Threads that write files.
         min_score: Keep only queries whose best category scores at least this, from 0 to 1, and `query_index`, which
-            tells which they are. By default all queries are kept.
+            lists them. By default all queries are kept.
         layout: `files`, one per image, or `lance`: one table of all images, on a disk or an object store.
         commit_seconds: With `lance`, how long ago a process's last commit may be: a kill loses no older work.
 
     Raises:
-        ValueError: A setting that is not allowed; the message says what is.
+        ValueError: A setting that is not allowed; the message names the allowed ones.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class EmbeddingWriter(BasePredictionWriter):
 
     @without_collector()
     def plan(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> PlannedRun:
-        """Compare what is asked for with what the folder holds, and change nothing.
+        """Compare the job with the content of the output folder, and change nothing.
 
         Raises:
             OSError: The folder is a file, cannot be read, or (`if_exists` is `error`) is not empty.
@@ -137,7 +137,7 @@ class EmbeddingWriter(BasePredictionWriter):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin the run on rank 0, and tell the others what is finished.
+        """Begin the run on rank 0, and send the other ranks the finished ids.
 
         Raises:
             OSError: The folder cannot be used, or is not the same for all ranks.
@@ -159,7 +159,7 @@ class EmbeddingWriter(BasePredictionWriter):
     def _begin(
         self, trainer: Trainer, model: DETRExtractor, data: COCODataModule
     ) -> tuple[str | None, frozenset[int], Any]:
-        """Begin on rank 0; return what all ranks need to know: the run's token, the finished ids and the images."""
+        """Begin on rank 0; return the run's token, the finished ids and the images, which all ranks need."""
         run = self.extraction or self.plan(trainer, model, data)
         run.begin()
         run.join(0)
@@ -222,7 +222,7 @@ class EmbeddingWriter(BasePredictionWriter):
         self._collect(QUEUED_IMAGES)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what is waiting; on rank 0 also wait for the other ranks, count, and write the metadata.
+        """Write the waiting images; on rank 0 also wait for the other ranks, count, and write the metadata.
 
         Raises:
             IncompleteError: An image is neither on disk nor listed as skipped.
@@ -237,7 +237,7 @@ class EmbeddingWriter(BasePredictionWriter):
                 self.metadata = self.extraction.finish(trainer.world_size)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Drop what is waiting, finish the files that are being written, and let go of the folder."""
+        """Drop the waiting images, finish the files that are being written, and release the folder."""
         self._stop()
         self._let_go()
 
@@ -260,7 +260,7 @@ class EmbeddingWriter(BasePredictionWriter):
             self._pool, self._writing = None, deque()
 
     def _collect(self, allowed: int) -> None:
-        """Raise what a writing thread raised, and wait until no more than `allowed` images are waiting."""
+        """Raise an error of a writing thread, and wait until no more than `allowed` images are waiting."""
         while self._writing and (len(self._writing) > allowed or self._writing[0].done()):
             self._writing.popleft().result()
 

@@ -56,7 +56,7 @@ def save_tensors(folder: Path, image_id: int, tensors: Mapping[str, Tensor]) -> 
 
 
 def checksum_of(data: bytes | memoryview) -> str:
-    """Return what `checksum` records of a file: the first 16 hex digits of the sha256 of its bytes."""
+    """Return the `checksum` of a file: the first 16 hex digits of the sha256 of its bytes."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 

@@ -38,7 +38,7 @@ class MetadataFile:
         InputError: It is not JSON, or another program's.
 
     Attributes:
-        partial: Whether the extraction is unfinished, and this is what it has finished so far.
+        partial: Whether the extraction is unfinished; these are then its finished images so far.
         num_planned: How many images an unfinished extraction will have; None where that is not recorded.
     """
 
@@ -152,7 +152,7 @@ class MetadataFile:
 
     @property
     def run(self) -> RunRecord:
-        """All that is recorded besides the images.
+        """Everything that is recorded except the images.
 
         Raises:
             InputError: It is incomplete.

@@ -20,7 +20,7 @@ TABLE = "embeddings.lance"
 """The Lance dataset in the output folder, where `writer.layout` is `lance`."""
 
 TEMPORARY = ".embedding_*.tmp"
-"""Matches every temporary file of this format; what a dead run leaves of them is never read."""
+"""Matches every temporary file of this format; those that a dead run leaves are never read."""
 
 ID_DIGITS = 12
 MAX_ID: int = 10**ID_DIGITS - 1

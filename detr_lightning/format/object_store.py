@@ -77,7 +77,7 @@ def remove_file(output_dir: str, name: str) -> None:
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turn Lance's errors into one that names the table and what to do.
+    """Turn Lance's errors into one that names the table and gives advice.
 
     Raises:
         OSError: Whatever Lance raised for a disk or an object store.
@@ -93,7 +93,7 @@ def explained(uri: str) -> Iterator[None]:
 
 
 def _remote_problem(reason: str) -> str:
-    """Return what an object store did, and what to do about it."""
+    """Return the problem of an object store, with advice."""
     if "AWS credentials" in reason:
         return (
             "no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment; for a "

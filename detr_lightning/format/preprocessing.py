@@ -24,17 +24,17 @@ class Preprocessing:
     Either `short_side` is set, or `height` and `width` are.
 
     Attributes:
-        short_side: What the short side of an image is resized to.
-        long_side: What the long side should not pass; None where nothing limits it.
+        short_side: The length to which the short side of an image is resized.
+        long_side: The upper limit of the long side; None if there is none.
         height: The height that every image is stretched to.
         width: The width that every image is stretched to.
         mean: Subtracted from each channel of pixels in `[0, 1]`.
         std: Then each channel is divided by this.
         rescale_first: Whether pixels are divided by 255 before they are resized, and not after.
-        antialias: Whether resizing averages over what it drops.
+        antialias: Whether resizing averages over the pixels it drops.
         processor: The class of transformers' image processor that makes the pixels; None for DETR, whose pixels this
             package makes itself.
-        backend: What that processor resizes with, `torchvision` or `pil`.
+        backend: The library with which that processor resizes, `torchvision` or `pil`.
     """
 
     short_side: int | None = 800
@@ -61,7 +61,7 @@ class Preprocessing:
         return rule(size, self.short_side, math.inf if self.long_side is None else self.long_side)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the metadata records: everything that is set."""
+        """Return the settings as the metadata records them, without those that are not set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -75,8 +75,8 @@ def resized_size(size: Size, short_side: int = 800, long_side: float = 1333) -> 
 
     Args:
         size: Height and width of the image.
-        short_side: What the short side becomes.
-        long_side: What the long side should not pass.
+        short_side: The length that the short side gets.
+        long_side: The upper limit of the long side.
 
     Returns:
         Height and width after resizing.

@@ -95,7 +95,7 @@ def load(path: Path) -> dict[str, Tensor]:
         InputError: The file is damaged.
     """
     with _explained(path), open(path, "rb") as file:
-        read_directory(file)  # Refuses what would fill the memory.
+        read_directory(file)  # Refuses a file that would fill the memory.
         file.seek(0)
         return _checked(torch.load(file, weights_only=True))
 
@@ -160,7 +160,7 @@ def _without_checksum(header: bytes) -> bytes:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn the errors of torch and zipfile into errors that name the file and what to do."""
+    """Turn the errors of torch and zipfile into errors that name the file, with advice."""
     advice = f"`detr-lightning verify {path.parent}` lists the problems of the folder."
     try:
         yield
@@ -168,6 +168,6 @@ def _explained(path: Path) -> Iterator[None]:
         raise FileNotFoundError(f"{path} is gone since the extraction. {advice}") from error
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # torch has no type of its own for what it cannot read.
+    except Exception as error:  # torch has no error type of its own for unreadable files.
         reason = str(error) if isinstance(error, InputError) else "torch finds no whole file there"
         raise InputError(f"{path} does not read: {reason}. {advice}") from error

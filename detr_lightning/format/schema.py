@@ -83,13 +83,13 @@ class ModelRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """The identity of a run: what two runs must share for their files to belong in one folder.
+    """The identity of a run: the settings that two runs must share for their files to belong in one folder.
 
     Attributes:
         model: The model.
         keys: The keys of each file, in the file's order.
         dtype: `writer.dtype`.
-        preprocessing: The settings of what happens to an image before the model sees it.
+        preprocessing: The settings of the way from an image to the model's input.
         batching: How images share batches, as far as results depend on it.
         precision: Lightning's precision, and TF32 where it was allowed.
         min_score: `writer.min_score`.
@@ -104,7 +104,7 @@ class RunSettings:
     min_score: float | None = None
 
     def differences(self, earlier: RunSettings) -> list[str]:
-        """Return what an earlier run had set differently, under the names that users know.
+        """Return the settings in which an earlier run differs, under the names that users know.
 
         Unknown weights are not compared.
         """
@@ -150,11 +150,11 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """All that is recorded of a run besides its images.
+    """Everything that is recorded of a run except its images.
 
     Attributes:
         extract_type: The extract type that was asked for.
-        settings: What identifies the run.
+        settings: The settings that identify the run.
         categories: The categories' names by logit index.
         versions: The packages that results may depend on.
         config: The settings as given.

@@ -53,13 +53,13 @@ class RunState:
 
 
 def run_to_json(token: str, planned: set[int], record: RunRecord | None, num_planned: int = 0) -> dict[str, Any]:
-    """Return the content of `run.json`; without a record the run removes what the planned ids name."""
+    """Return the content of `run.json`; without a record the run removes the files of the planned ids."""
     header = {"void": True} if record is None else {**record.to_json(), "num_planned": num_planned}
     return {"token": token, **header, "planned": sorted(planned)}  # The token first: see `token_of`.
 
 
 def read_run(folder: Path) -> RunState | None:
-    """Return what the run that last began in a folder, and has not finished, wrote down; None without such a run.
+    """Return the state of the run that last began in a folder and has not finished; None without such a run.
 
     Raises:
         InputError: Its `run.json` is damaged.

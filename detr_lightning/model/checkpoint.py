@@ -24,7 +24,7 @@ class Checkpoint:
         sha256: Of the file; of several files, as if they were one; of the tensors if they are random. With averaged
             weights that were chosen over others, of the file's sha256 and the word `ema`. Empty where the weights are
             not there, and the model has only its shapes.
-        notes: What was decided that tensors do not tell, for the user to read.
+        notes: Decisions that the tensors do not show, for the user to read.
         preprocessing: How images become the model's input.
         category_names: The name of a category by logit index; None where the checkpoint has no names.
         category_ids: The COCO category id of each logit but "no object"; None where the names are not COCO's. Without

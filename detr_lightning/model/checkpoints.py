@@ -50,8 +50,8 @@ def load(
     Args:
         weights: An official name, a file in the official layout or with Hugging Face's names, a folder in transformers'
             layout or hub id (`organisation/name`, with `@revision` if need be), or `random` (always the same).
-        nheads: The number of attention heads; None takes what is known of the weights, else 8.
-        dilation: Whether the last stage is dilated (DC5); None takes what is known of the weights, else false.
+        nheads: The number of attention heads; None takes the known number for these weights, else 8.
+        dilation: Whether the last stage is dilated (DC5); None takes the known value for these weights, else false.
         ema: Whether to take a file's averaged (EMA) weights; None takes them where the file has no others.
         plan_only: Whether an official model may come without its weights, on the meta device, instead of a download.
 
@@ -90,7 +90,7 @@ def load(
 
 @dataclass(frozen=True)
 class _Source:
-    """Tensors in the official layout, what else is known of the model, and where that is known from."""
+    """Tensors in the official layout, and the other known settings of the model with their origin."""
 
     name: str
     sha256: str
@@ -164,7 +164,7 @@ def _from_file(weights: str, ema: bool | None) -> _Source:
 
 
 def _read_file(path: Path, averaged: bool | None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Return a file's DETR under its official names, what the file tells of it, and a remark on averaged weights."""
+    """Return a file's DETR under its official names, the settings it states, and a note on averaged weights."""
     if path.suffix == ".safetensors":
         raise InputError(f"{path} does not describe its model. Give its folder, with the config.json, instead.")
     content = read_pickled(path)
@@ -180,7 +180,7 @@ def _read_file(path: Path, averaged: bool | None) -> tuple[dict[str, Tensor], di
 def _settled(
     source: _Source, sizes: Architecture, nheads: int | None, dilation: bool | None
 ) -> tuple[Architecture, str]:
-    """Return the architecture with what tensors do not tell, and, for the user, what that was taken from."""
+    """Return the architecture with the settings that tensors do not show, and, for the user, their origin."""
     heads, heads_from = _settle(source, "nheads", nheads, sizes.nheads)
     dilated, dilated_from = _settle(source, "dilation", dilation, False)
     architecture = check_sizes(replace(sizes, nheads=heads, dilation=dilated))
@@ -189,7 +189,7 @@ def _settled(
 
 
 def _settle(source: _Source, setting: str, given: Any, default: Any) -> tuple[Any, str]:
-    """Return a setting's value and, for the user, what it was taken from."""
+    """Return a setting's value and, for the user, its origin."""
     known = source.known.get(setting)
     if known is None:
         return (default, "the default: the file does not say") if given is None else (given, "as given")
@@ -235,7 +235,7 @@ def _without_weights(weights: str, official: Official, nheads: int | None, dilat
 def _random(nheads: int | None, dilation: bool | None) -> Checkpoint:
     """Build the official DETR-R50 with weights that are always the same.
 
-    They keep the variance of what passes through, and attention sharp: with the usual ones, and nothing learned, the
+    They keep the variance of activations, and attention sharp: with the usual ones, and nothing learned, the
     embeddings of all queries are all but equal.
     """
     heads = Architecture.nheads if nheads is None else nheads

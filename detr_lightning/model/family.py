@@ -83,7 +83,7 @@ class FamilyArchitecture:
         return self.shape.num_logits
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the metadata records."""
+        """Return the type and sizes as the metadata records them."""
         return {"model_type": self.model_type, **vars(self.shape)}
 
     def feature_sizes(self, input_size: Size) -> FeatureSizes:

@@ -93,7 +93,7 @@ def load_model(
 
     Raises:
         MissingPackageError: transformers is not installed, or too old for the model.
-        InputError: The weights do not fit the config, or the config asks for what cannot be computed.
+        InputError: The weights do not fit the config, or the config asks for something that cannot be computed.
     """
     model_type = config["model_type"]
     transformers = import_transformers(model_type)

@@ -24,7 +24,7 @@ class Seen:
 
 @contextmanager
 def watching(inner: Any, encoder: bool) -> Iterator[Seen]:
-    """Keep what passes through the parts of a model while it runs."""
+    """Keep the tensors that pass through the parts of a model while it runs."""
     seen = Seen()
 
     def before_decoder(_module: nn.Module, _args: Any, settings: Mapping[str, Any]) -> None:
@@ -63,7 +63,7 @@ def _backbone(inner: Any) -> nn.Module:
 
 
 def _last_map(out: Any) -> Tensor:
-    """Return the last feature map of what a backbone returned: maps, pairs of a map and its mask, or lists of them."""
+    """Return the last feature map of a backbone's result: maps, pairs of a map and its mask, or lists of them."""
     while not isinstance(out, Tensor):
         if hasattr(out, "feature_maps"):
             out = out.feature_maps

@@ -1,4 +1,4 @@
-"""The image processor that a model was trained with, and what its settings mean here."""
+"""The image processor that a model was trained with, and its settings in the terms of this package."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Processor:
 
 
 def load_processor(folder: Path, model_type: str) -> tuple[Processor, Preprocessing]:
-    """Return a folder's image processor, and what it does.
+    """Return a folder's image processor, and its preprocessing.
 
     Raises:
         FileNotFoundError: The folder has none.
-        InputError: It cannot be read, or does what cannot be planned.
+        InputError: It cannot be read, or its sizes cannot be planned.
     """
     transformers = import_transformers(model_type)
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
@@ -60,10 +60,10 @@ def load_processor(folder: Path, model_type: str) -> tuple[Processor, Preprocess
 
 
 def _described(processor: Any) -> Preprocessing:
-    """Return what an image processor does.
+    """Return the preprocessing of an image processor.
 
     Raises:
-        ValueError: It does what cannot be planned.
+        ValueError: Its sizes cannot be planned.
     """
     if not processor.do_resize or not processor.do_rescale or abs(processor.rescale_factor - 1 / 255) > 1e-6:
         raise ValueError("do_resize and do_rescale must be true, and rescale_factor 1/255.")

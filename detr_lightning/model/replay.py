@@ -28,7 +28,7 @@ class Replay:
         self._out: dict[str, Tensor] = {}
 
     def __call__(self, pixels: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return what the network returns for pixels `[B, 3, h, w]` and no padding mask."""
+        """Return the network's result for pixels `[B, 3, h, w]` and no padding mask."""
         # A graph reads the weights where they lay when it was captured.
         weights = [(weight.data_ptr(), weight.dtype) for weight in self._weights]
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")

@@ -35,15 +35,15 @@ KINDS = {
     r"sampling_offsets|level_embed": "a Deformable DETR or one of its kin",
     r"^(body\.|backbone\.|resnet\.|module\.)?(layer1\.0\.conv1|conv1)\.weight": "a backbone alone",
 }
-"""Other models, by what the names of their tensors match."""
+"""Other models, by patterns that the names of their tensors match."""
 
 
 def find_detr(name: str, content: Any, averaged: bool | None = None) -> tuple[dict[str, Tensor], str]:
-    """Find a DETR's tensors in what a checkpoint file holds.
+    """Find a DETR's tensors in the content of a checkpoint file.
 
     Args:
         name: The file, for messages.
-        content: What was unpickled.
+        content: The unpickled object.
         averaged: Whether to take the averaged (EMA) weights; None takes them only where there are no others.
 
     Returns:
@@ -51,7 +51,7 @@ def find_detr(name: str, content: Any, averaged: bool | None = None) -> tuple[di
         none.
 
     Raises:
-        InputError: There is no DETR in it; the message says what it was taken for.
+        InputError: It holds no DETR; the message names what it seems to be.
     """
     if not isinstance(content, Mapping):
         raise InputError(f"{name} holds a {type(content).__name__}. Expected {{'model': state_dict}} or a state_dict.")

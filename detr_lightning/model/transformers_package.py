@@ -37,7 +37,7 @@ def import_transformers(model_type: str) -> Any:
 
 @contextmanager
 def without_report(transformers: Any) -> Iterator[None]:
-    """Keep transformers from printing what this package raises."""
+    """Keep transformers from also printing the problems that this package raises as errors."""
     logging = transformers.utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()

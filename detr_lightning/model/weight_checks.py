@@ -10,7 +10,7 @@ from torch import Tensor
 from detr_lightning.errors import InputError, count
 
 COUNTER = "num_batches_tracked"
-"""What ends the names of tensors that only training reads."""
+"""The ends of the names of tensors that only training reads."""
 
 
 def refuse_misfits(name: str, model: str, wrong: Iterable[str]) -> None:
@@ -19,7 +19,7 @@ def refuse_misfits(name: str, model: str, wrong: Iterable[str]) -> None:
     Args:
         name: The file or folder.
         model: The model that they do not fit, for messages.
-        wrong: What is wrong with each tensor, its name first; counters of training are passed over.
+        wrong: The problem with each tensor, its name first; counters of training are passed over.
 
     Raises:
         InputError: There is anything; the message has the first four.

@@ -1,4 +1,4 @@
-"""Files of weights: hashed, and read without ever running what is in them."""
+"""Files of weights: hashed, and read without running any code in them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sha256_of(files: Iterable[Path]) -> str:
 
 
 class _Inert(dict[Any, Any]):
-    """Takes the place of what training scripts save beside weights, and does nothing."""
+    """Takes the place of other objects that training scripts save beside weights, and does nothing."""
 
     def __new__(cls, *_args: Any) -> _Inert:
         return dict.__new__(cls)
@@ -59,7 +59,7 @@ _STAND_INS = [
 
 
 def read_pickled(path: Path) -> Any:
-    """Read what `torch.save` wrote, in its present or its old format, tensors mapped from the file where possible.
+    """Read a file of `torch.save`, in its present or its old format, with tensors mapped from the file where possible.
 
     Nothing but tensors, plain containers and `argparse.Namespace` is accepted; `BESIDE_WEIGHTS` are left out.
 
@@ -73,7 +73,7 @@ def read_pickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
-    except Exception as error:  # what foreign bytes make an unpickler raise has no common type
+    except Exception as error:  # foreign bytes can make an unpickler raise anything
         wanted = re.search(r"Unsupported (?:global|class|operand).*?([\w.]+\.\w+)", str(error))
         if wanted:
             raise InputError(
@@ -87,7 +87,7 @@ def read_pickled(path: Path) -> Any:
 
 
 def _other_format(path: Path) -> str | None:
-    """Return what a file is that torch.load would not read, or None."""
+    """Return the kind of a file that torch.load does not read, or None."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"\x08") and b"pytorch" in start:

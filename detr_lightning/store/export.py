@@ -90,8 +90,8 @@ def output_path(
     Args:
         store: Where the data comes from.
         output: The file to write.
-        suffix: What its name must end in.
-        overwrite: Whether to replace what is there.
+        suffix: The required end of its name.
+        overwrite: Whether to replace an existing file.
         beside: The ending of a second file that is written beside it.
 
     Raises:

@@ -68,7 +68,7 @@ class EmbeddingStore(StoredImages):
 
     @property
     def bytes_on_disk(self) -> int:
-        """The bytes of all tensors as stored, with what surrounds them."""
+        """The bytes of all tensors as stored, file headers included."""
         return self._tensors.bytes_on_disk
 
     def __getitem__(self, image_id: SupportsIndex) -> dict[str, Tensor]:
@@ -178,7 +178,7 @@ class EmbeddingStore(StoredImages):
             key: One of `embedding_keys`.
             image_ids: Which images, in which order; by default all, or those that have a target.
             pool: As for `stack`.
-            targets: What to give beside each tensor, by image id; by default the image id itself.
+            targets: The target of each tensor, by image id; by default the image id itself.
 
         Raises:
             KeyError: The store holds no such image.
@@ -213,7 +213,7 @@ class EmbeddingStore(StoredImages):
         return features.fold(tensor if key == "cross_attention" else tensor.transpose(-1, -2), level)
 
     def _chosen(self, key: str, image_ids: Iterable[int] | None, pool: str | None) -> list[int]:
-        """Check what `stack` and `dataset` were asked for and return the ids."""
+        """Check the arguments of `stack` and `dataset`, and return the ids."""
         self.require(key)
         check_pool(key, pool)
         ids = self.image_ids if image_ids is None else list(map(self._known, image_ids))

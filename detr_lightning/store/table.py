@@ -36,7 +36,7 @@ class TableTensors:
         self._reader: tuple[int, TableReader] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process."""
+        """Leave out the reader, which belongs to this process."""
         return {"output_dir": self.output_dir, "_reader": None}
 
     @property

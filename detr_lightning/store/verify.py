@@ -29,7 +29,7 @@ UNIT_RANGE = ("pred_boxes", "cross_attention")
 
 
 def verify(folder: str | os.PathLike[str], workers: int | None = None, progress: bool | None = None) -> list[str]:
-    """Read all that a folder holds and return what is wrong with it.
+    """Read everything in a folder and return its problems.
 
     For each image this checks the file's size and checksums, its keys and their order, shapes, dtypes, that all values
     are finite and in their range, and that `query_embeddings` are the last layer of `decoder_output`; for the folder,
@@ -196,7 +196,7 @@ def _load(data: bytes) -> dict[str, Tensor]:
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            read_directory(io.BytesIO(data))  # Refuses what would fill the memory.
+            read_directory(io.BytesIO(data))  # Refuses a file that would fill the memory.
             damaged = archive.testzip()
         tensors = torch.load(io.BytesIO(data), weights_only=True)
     except Exception as error:  # A damaged file makes zipfile and torch raise nearly anything.

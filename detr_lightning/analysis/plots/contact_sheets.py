@@ -79,7 +79,7 @@ def search_results(
     Args:
         store: Where the images of the found objects are known.
         queries: The objects of one image, such as `query_objects` returns them.
-        found: What `ObjectSearch.search` returned for their embeddings.
+        found: The result of `ObjectSearch.search` for their embeddings.
         picture: `[H, W, 3]`, the image of the queries.
         image_dir: Where the images of the store are now; by default where they were when they were extracted.
 

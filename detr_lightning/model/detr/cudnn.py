@@ -1,7 +1,7 @@
 """Convolutions through cuDNN, for inference on a GPU: bias, shortcut and ReLU in the same pass over memory.
 
-`convolve` calls operators that torch's TorchScript emits for GPUs. They are not public: `usable` says whether they are
-there and do what they should. Where it says no, the caller does the same in plain torch.
+`convolve` calls operators that torch's TorchScript emits for GPUs. They are not public: `usable` reports whether they
+exist and compute the right numbers. Otherwise the caller does the same in plain torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from detr_lightning.model.detr.onednn import Settings, plain_convolve
 
 
 def usable(x: Tensor) -> bool:
-    """Return whether what is computed from this tensor may go through this module."""
+    """Return whether this module can compute from this tensor."""
     if not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
         return False
     return not torch.compiler.is_compiling() and _works(x.dtype, x.device)

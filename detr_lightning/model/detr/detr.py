@@ -53,7 +53,7 @@ class Architecture:
     learned_positions: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the metadata records. Options that a model does not use are left out: older folders lack them."""
+        """Return the sizes as the metadata records them, without options that the model does not use."""
         optional = {name for name in ("pre_norm", "learned_positions") if not getattr(self, name)}
         return {name: value for name, value in vars(self).items() if name not in optional}
 

@@ -63,7 +63,7 @@ class FoldedConv(nn.Module):
         return self._packed[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold: packed weights can be neither copied nor pickled."""
+        """Leave out packed weights, which can be neither copied nor pickled."""
         return {**self.__dict__, "_packed": None}
 
 

@@ -64,9 +64,9 @@ class Folder:
 
     Attributes:
         tensors: Under their official names.
-        known: What the config tells: `nheads`, `dilation`.
+        known: The settings that the config states: `nheads`, `dilation`.
         names: The names of the categories by logit index, if the config has them.
-        preprocessing: What `preprocessor_config.json` asks for; the official preprocessing without that file.
+        preprocessing: As `preprocessor_config.json` asks for it; the official preprocessing without that file.
         files: The files of weights.
     """
 
@@ -100,7 +100,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return a folder's `config.json`.
 
     Raises:
-        FileNotFoundError: There is none; what the folder seems to be is named.
+        FileNotFoundError: There is none; the message names what the folder seems to hold.
         InputError: It is no JSON object.
     """
     config_file = folder / "config.json"

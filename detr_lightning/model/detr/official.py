@@ -47,7 +47,7 @@ class Official:
 
     @property
     def architecture(self) -> Architecture:
-        """The sizes of its network, which its tensors tell too, once they are there."""
+        """The sizes of its network, known before its tensors are downloaded."""
         return Architecture(
             blocks=(3, 4, 23 if "r101" in self.file else 6, 3),
             num_logits=251 if "panoptic" in self.file else 92,
@@ -95,7 +95,7 @@ def fetch(checkpoint: Official) -> tuple[Path, str]:
     Processes that share the cache wait for the one that downloads. Whatever fails leaves nothing behind.
 
     Raises:
-        ConnectionError: It could not be downloaded, or what arrived is another file.
+        ConnectionError: It could not be downloaded, or another file arrived.
     """
     url, path, sha256_prefix = checkpoint.url, checkpoint.path, checkpoint.sha256_prefix
     cached = ""

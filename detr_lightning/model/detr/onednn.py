@@ -1,7 +1,7 @@
 """Convolutions and linear layers through oneDNN, for inference on a CPU.
 
 `convolve`, `pack` and `linear` call operators that torch's own compiler emits for CPUs. They are not public: `usable`
-says whether they are there and do what they should. Where it says no, the callers do the same in plain torch.
+reports whether they exist and compute the right numbers. Otherwise the callers do the same in plain torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Settings = tuple[Any, Any, Any]
 
 
 def usable(x: Tensor) -> bool:
-    """Return whether what is computed from this tensor may go through this module."""
+    """Return whether this module can compute from this tensor."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     return not torch.compiler.is_compiling() and _works(x.dtype)

@@ -26,7 +26,7 @@ class SinePositionEncoding(nn.Module):
         """Return the encoding of every position.
 
         Args:
-            feature_map: `[B, C, H, W]`; its size, device and dtype are what matters.
+            feature_map: `[B, C, H, W]`; only its size, device and dtype matter.
             padding_mask: `[B, H, W]`, True on padding, or None where nothing is padded.
 
         Returns:

@@ -18,7 +18,7 @@ DECODER = "transformer.decoder.layers."
 
 
 def read_sizes(name: str, tensors: Mapping[str, Tensor]) -> Architecture:
-    """Read the sizes of a DETR off its tensors, whatever they cannot tell left at its default.
+    """Read the sizes of a DETR off its tensors; what they do not show keeps its default.
 
     Args:
         name: The file or folder, for messages.

@@ -43,9 +43,9 @@ def replace_linears(model: nn.Module) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with the parameters of `nn.MultiheadAttention`, and room for what inference can save.
+    """Multi-head attention with the parameters of `nn.MultiheadAttention`, in parts that inference can reuse.
 
-    Queries, keys and values are projected by separate methods, so that what is shared is projected once.
+    Queries, keys and values are projected by separate methods, so that a shared input is projected once.
     """
 
     def __init__(self, dim: int, nheads: int) -> None:
@@ -115,7 +115,7 @@ class EncoderLayer(nn.Module):
 
 
 def _norms(pre_norm: bool) -> tuple[Callable[[nn.Module, Tensor], Tensor], Callable[[nn.Module, Tensor], Tensor]]:
-    """Return what happens before and after a sublayer: its norm on one side, nothing on the other."""
+    """Return the steps before and after a sublayer: its norm on one side, nothing on the other."""
 
     def norm(module: nn.Module, x: Tensor) -> Tensor:
         out: Tensor = module(x)
