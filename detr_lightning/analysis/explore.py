@@ -69,7 +69,7 @@ def prepare(
         store: The extraction.
         table: Its table of objects, with embeddings.
         output: The file to write: the columns of the table but the embeddings, with `projection_x`, `projection_y`
-            (UMAP), `neighbors`, and, where the images are there, `crop`.
+            (UMAP), `neighbors`, and, where the images are found, `crop`.
         image_dir: Where the images are now; by default where they were when they were extracted.
         progress: Show a progress bar; by default for more than 1000 images or after two seconds.
 
@@ -77,7 +77,7 @@ def prepare(
         Whether the images were there, so that the table has thumbnails.
 
     Raises:
-        FileNotFoundError: Some images are there and others are not, or `image_dir` has none of them.
+        FileNotFoundError: Only some images exist, or `image_dir` has none of them.
         InputError: The table has no objects.
     """
     from detr_lightning.analysis.tables import fingerprint  # Where pyarrow is missing, it asks for another extra.

@@ -65,7 +65,7 @@ def write_objects(
         layer: As for `objects`.
         annotation_file: As for `objects`.
         iou: As for `objects`.
-        overwrite: Whether to replace a file that is there.
+        overwrite: Whether to replace an existing file.
         progress: As for `objects`.
 
     Returns:

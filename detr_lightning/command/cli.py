@@ -150,7 +150,7 @@ class DETRCLI(LightningCLI):
         """Extract; keep no prediction in memory.
 
         Raises:
-            IncompleteError: The run ended, and not all images are there.
+            IncompleteError: The run ended, and an image is missing.
         """
         if self._dry_run or self.job.complete:
             return

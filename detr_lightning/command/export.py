@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, default="npy", help="default: npy; coco: detection results")
     parser.add_argument("--key", default="query_embeddings", help="default: query_embeddings; not used by coco")
     parser.add_argument("--pool", choices=POOLS, help="one vector per image, over its places or queries")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--threshold", type=float, default=0.0, help="coco: leave out lower scores; default: 0")
 
 

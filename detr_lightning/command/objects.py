@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the source of the embeddings; default: query_embeddings; none: a table without",
     )
     parser.add_argument("--layer", type=int, default=-1, help="decoder_output: the layer; default: -1, the last")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def run(options: argparse.Namespace) -> int:

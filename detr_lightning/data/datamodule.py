@@ -51,7 +51,7 @@ def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> N
     if isinstance(limit, int) or limit != 1.0:
         raise SettingError(
             f"trainer.limit_{stage}_batches (or trainer.fast_dev_run, trainer.overfit_batches) ends the run early "
-            f"({limit}). A result counts when every image is there: choose images with data.limit or data.image_ids."
+            f"({limit}). Results need every image: choose images with data.limit or data.image_ids."
         )
 
 
@@ -73,7 +73,7 @@ class COCODataModule(LightningDataModule):
         batch_size: The most images in a batch. It changes speed and memory, and with `exact` batching no result. By
             default 4 on a CPU, which reads that many at a time and computes them one by one, and 8 elsewhere.
         num_workers: Processes that read images. By default none on a CPU, where they would take the model's cores from
-            it, and elsewhere one for each core besides the first of each device, at least 1 and at most 8.
+            it, and elsewhere a device's share of the cores less one, at least 1 and at most 8.
         batching: `exact` puts only images of one resized size in a batch, so nothing is padded and no image changes
             another's embeddings. `padded` fills up smaller images as the official code does, in the order of the ids.
         image_backend: `pil` gives the official pixels bit for bit; `torchvision` is faster, within 1 level of 255.
@@ -84,7 +84,7 @@ class COCODataModule(LightningDataModule):
             pixels; `content` also records the sha256 of the file, and reads all finished images' files to compare it.
         short_side: The short side of an image after resizing; by default what the model was trained with, for the
             official models 800.
-        long_side: The length that the long side should not pass; by default likewise, 1333.
+        long_side: The upper limit of the long side; by default that of the training, 1333.
         max_image_pixels: Refuse larger images as decompression bombs; by default above Pillow's limit, 89 million.
             Reading an image takes at most 12 bytes of memory per pixel, so 1.1 GB with that limit.
         download: Fetch COCO val2017 (1 GB) to `image_dir` and `annotation_file` where they are missing.
@@ -151,7 +151,7 @@ class COCODataModule(LightningDataModule):
 
         Args:
             source: The images. They are no argument of `__init__`, which Lightning would copy.
-            **settings: Of `COCODataModule`, besides the first two.
+            **settings: Of `COCODataModule`, except the first two.
         """
         data = cls("", **settings)
         data.source = source

@@ -54,7 +54,7 @@ def open_file(image_dir: str | os.PathLike[str], record: ImageRecord) -> BinaryI
     """
     try:
         root = os.path.realpath(image_dir)
-        path = os.path.realpath(find_file(root, record.file_name))  # raises if a link changes meanwhile
+        path = os.path.realpath(find_file(root, record.file_name))  # raises if a link changes in between
         if path.startswith(os.path.join(root, "")):
             return open(path, "rb", opener=partial(_open_beneath, root))
         reason = f"a symbolic link leads out of the image folder, to {path}; name the folder that holds the file itself"

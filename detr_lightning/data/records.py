@@ -19,7 +19,7 @@ class ImageRecord:
         image_id: COCO's id, or the number that a folder's image was given.
         file_name: Path relative to the image folder, with forward slashes.
         width: Pixels from left to right; 0 where the file could not be read to find out.
-        height: Pixels from top to bottom; 0 likewise.
+        height: Pixels from top to bottom; 0 in the same case.
         orientation: The EXIF tag by which a viewer turns the image, 1 to 8; 1 also where the header was not read.
     """
 

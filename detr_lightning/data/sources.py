@@ -87,7 +87,7 @@ class COCOImages:
         """Refuse a folder that is another one than the annotations'.
 
         Raises:
-            FileNotFoundError: None of the images is there.
+            FileNotFoundError: None of the images exists there.
         """
         if not any(os.path.isfile(find_file(self.image_dir, record.file_name)) for record in records):
             raise FileNotFoundError(

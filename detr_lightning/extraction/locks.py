@@ -172,7 +172,7 @@ def remove_state(folder: Path, lock: LockedFile) -> None:
     """Remove the state of a run, whose lock this process has, and give the lock up.
 
     Under its own name the state is gone at once: on a network file system a file that is still open, such as the
-    lock, leaves a hidden one behind when it is removed, and a run that starts meanwhile must find all or nothing.
+    lock, leaves a hidden one behind when it is removed, and a run that starts at that moment must find all or nothing.
     """
     moved = folder / f"{STATE}.{uuid.uuid4().hex}"
     (folder / STATE).rename(moved)

@@ -32,7 +32,7 @@ QUEUED_IMAGES = 64
 
 
 class EmbeddingWriter(BasePredictionWriter):
-    """Writes one `embedding_{image_id:012d}.pt` per image, or one table, and `metadata.json` when all images are there.
+    """Writes one `embedding_{image_id:012d}.pt` per image, or one table, and `metadata.json` at the end.
 
     Args:
         output_dir: The folder; it is created if missing. For a table also a URL, such as `s3://bucket/embeddings`.

@@ -36,7 +36,7 @@ def save_tensors(folder: Path, image_id: int, tensors: Mapping[str, Tensor]) -> 
 
     Args:
         folder: An existing folder.
-        image_id: The image; its file is replaced if it is there.
+        image_id: The image; an existing file of it is replaced.
         tensors: On any device, views included; each is stored contiguous, on the CPU and alone in its storage.
 
     Returns:
@@ -61,7 +61,7 @@ def checksum_of(data: bytes | memoryview) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, checksum: bool = False) -> None:
-    """Write `to_json_bytes` as `save_tensors` writes tensors. The file is replaced if it is there.
+    """Write `to_json_bytes` as `save_tensors` writes tensors. An existing file is replaced.
 
     Raises:
         OSError: As for `save_tensors`.

@@ -14,7 +14,7 @@ STATE = ".extraction"
 """The subfolder of a run that has not finished; a finished folder has none."""
 
 RUN = "run.json"
-"""The file in it that a run writes when it begins: a folder is unfinished while it is there."""
+"""The file in it that a run writes when it begins: a folder is unfinished as long as it exists."""
 
 TABLE = "embeddings.lance"
 """The Lance dataset in the output folder, where `writer.layout` is `lance`."""

@@ -138,7 +138,7 @@ def _from_folder(path: Path, name: str, ema: bool | None) -> _Source:
 
 
 def _from_file(weights: str, ema: bool | None) -> _Source:
-    """Read a file that is there, or a published one."""
+    """Read a local file, or a published one."""
     path = Path(weights).expanduser()
     official = OFFICIAL.get(weights)
     known_from = "official"

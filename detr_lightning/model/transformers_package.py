@@ -15,7 +15,7 @@ INSTALL = "pip install 'detr-lightning[family]'"
 
 
 def import_transformers(model_type: str) -> Any:
-    """Return transformers, if it is there and knows the model.
+    """Return transformers, if it is installed and knows the model.
 
     Raises:
         MissingPackageError: It is not; the message has the command that installs it.

@@ -50,7 +50,7 @@ def export(
         image_ids: Which images, in which order; by default all.
         pool: As for `EmbeddingStore.stack`; not used by `coco`.
         threshold: `coco` leaves out detections that score less; 0 keeps one for each query, as the official code does.
-        overwrite: Whether to replace a file that is there.
+        overwrite: Whether to replace an existing file.
         progress: Show a progress bar; by default for more than 1000 images or after two seconds.
 
     Returns:

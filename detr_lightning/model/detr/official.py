@@ -105,7 +105,7 @@ def fetch(checkpoint: Official) -> tuple[Path, str]:
             if sha256 := checkpoint.cached_sha256():
                 return path, sha256
             if path.is_file():
-                cached = " The file that is there now is damaged."
+                cached = " The present file is damaged."
             torch.hub.download_url_to_file(url, str(path), sha256_prefix, progress=sys.stderr.isatty())
             return path, sha256_of([path])
     except (OSError, RuntimeError, http.client.HTTPException) as error:

@@ -145,7 +145,7 @@ def test_a_damaged_file_in_the_cache_is_replaced(server: Server, cache: Path, co
     cache.mkdir(parents=True)
     (cache / FILE).write_bytes(content[:-1])
     server.behaviour = "missing"
-    with pytest.raises(ConnectionError, match=r"404.*The file that is there now is damaged"):
+    with pytest.raises(ConnectionError, match=r"404.*The present file is damaged"):
         checkpoints.load(NAME)
     server.behaviour = "good"
     checkpoints.load(NAME)
