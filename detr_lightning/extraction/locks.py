@@ -92,6 +92,7 @@ class LockedFile:
         if self.descriptor in _inherited:
             _inherited.remove(self.descriptor)
             os.close(self.descriptor)
+            self.descriptor = -1  # The system gives the number to the next file.
 
     @property
     def closed(self) -> bool:
@@ -133,7 +134,9 @@ def lock_folder(folder: Path) -> LockedFile:
     while True:
         made = [path for path in (folder, state) if not path.exists()]
         if not state.is_symlink():
-            state.mkdir(parents=True, exist_ok=True)
+            # Raised also for a folder that is moved away just then. A file in its place fails at the lock.
+            with contextlib.suppress(FileExistsError):
+                state.mkdir(parents=True, exist_ok=True)
         try:
             lock = LockedFile(state / "lock")
         except FileNotFoundError:  # A run that finished has just moved the state away.

@@ -163,6 +163,42 @@ def test_a_lock_that_was_moved_away_is_taken_anew(tmp_path: Path) -> None:
     waited[-1].close()
 
 
+def test_a_state_that_is_moved_away_while_it_is_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Path.mkdir` looks twice: the folder that it found there may be gone when it asks whether it is one."""
+    state = tmp_path / ".extraction"
+    state.mkdir()
+    is_dir = Path.is_dir
+
+    def moving(path: Path, **options: Any) -> bool:
+        if path == state and not (tmp_path / "moved").exists():
+            state.rename(tmp_path / "moved")
+        return is_dir(path, **options)
+
+    monkeypatch.setattr(Path, "is_dir", moving)
+    lock = locks.lock_folder(tmp_path)
+    assert (tmp_path / "moved").exists()
+    assert is_locked(state / "lock")
+    lock.close()
+
+
+def test_a_file_in_the_place_of_the_state(tmp_path: Path) -> None:
+    (tmp_path / ".extraction").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=r"\.extraction"):
+        extract(tmp_path, [1])
+    assert (tmp_path / ".extraction").read_text() == "mine"
+
+
+def test_a_lock_that_was_given_up_is_not_taken_for_the_next_one(tmp_path: Path) -> None:
+    first = LockedFile(tmp_path / "first")
+    first.close()
+    second = LockedFile(tmp_path / "second")  # The system gives it the same descriptor.
+    assert first.closed
+    first.close()
+    assert not second.closed
+    assert is_locked(tmp_path / "second")
+    second.close()
+
+
 def test_a_refused_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
