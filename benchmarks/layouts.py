@@ -21,8 +21,9 @@ from detr_lightning import EmbeddingStore
 from detr_lightning.extraction.run import ExtractionRun
 from detr_lightning.extraction.table_run import TableRun
 from detr_lightning.format.entries import ImageEntry
+from detr_lightning.format.identity import ModelRecord, RunSettings
 from detr_lightning.format.keys import QUERY_INDEX, FeatureSizes, ModelShape, shape_of
-from detr_lightning.format.schema import ModelRecord, RunRecord, RunSettings
+from detr_lightning.format.schema import RunRecord
 
 SHAPE = ModelShape(
     feature_channels=2048, hidden_dim=256, encoder_layers=6, decoder_layers=6, num_queries=100, num_logits=92

@@ -72,7 +72,7 @@ class DETRExtractor(LightningModule):
                 f"It has {', '.join(self.detr.keys)}: choose among them with model.keys."
             )
         if compile and not isinstance(self.detr, DETR):
-            raise SettingError(f"model.compile is for DETR alone, and {weights} is a {self.checkpoint.family}.")
+            raise SettingError(f"model.compile works only with DETR, and {weights} is a {self.checkpoint.family}.")
         self.further_keys: tuple[str, ...] = ()
         """Further keys that `predict_step` returns, for a writer that needs them."""
         self.network: DETR | FamilyDetector | None = None

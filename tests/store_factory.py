@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from places import SHARED
 
-from detr_lightning.format import files, names, schema
+from detr_lightning.format import files, identity, names, schema
 from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.keys import EXTRACT_TYPES, FeatureSizes, ModelShape, dtype_of, shape_of
 from detr_lightning.store import EmbeddingStore
@@ -105,8 +105,8 @@ def make_store(
         )
     run = schema.RunRecord(
         extract_type="decoder",
-        settings=schema.RunSettings(
-            model=schema.ModelRecord(weights="random", sha256="0" * 64, architecture=sizes),
+        settings=identity.RunSettings(
+            model=identity.ModelRecord(weights="random", sha256="0" * 64, architecture=sizes),
             keys=tuple(keys),
             dtype=dtype,
             preprocessing={"short_side": 800, "long_side": 1333, "image_backend": "pil"},

@@ -78,7 +78,7 @@ def test_files_are_written_by_such_threads(
         threads.append(torch.get_num_threads())
         return to_stored(*arguments)
 
-    monkeypatch.setattr("detr_lightning.extraction.writer.to_stored", observed)
+    monkeypatch.setattr("detr_lightning.extraction.image_writer.to_stored", observed)
     assert run_cli("predict", *coco_folder.data, "--output_dir", tmp_path / "out").code == 0
     assert set(threads) == {1}
 

@@ -11,31 +11,16 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from detr_lightning.data.batching import BATCHINGS, plan_batches
-from detr_lightning.data.decode import BACKENDS, EXIF, Processor
+from detr_lightning.data.batching import plan_batches
+from detr_lightning.data.decode import Processor
 from detr_lightning.data.folder_images import FolderImages
 from detr_lightning.data.headers import hash_files
 from detr_lightning.data.images import Choice, Images, unreadable_image
-from detr_lightning.data.loading import (
-    ImageBatches,
-    ImageReader,
-    data_workers,
-    image_loader,
-)
-from detr_lightning.data.model_input import ModelInput, with_settings
+from detr_lightning.data.loading import ImageBatches, ImageReader, data_workers, image_loader
 from detr_lightning.data.records import Failure, ImageRecord
-from detr_lightning.data.sources import (
-    NONE_KNOWN,
-    COCOImages,
-    ImageSource,
-    Known,
-)
-from detr_lightning.errors import (
-    InputError,
-    SettingError,
-    check_choice,
-    count,
-)
+from detr_lightning.data.settings import ModelInput, check_settings, with_settings
+from detr_lightning.data.sources import NONE_KNOWN, COCOImages, ImageSource, Known
+from detr_lightning.errors import InputError, SettingError, count
 from detr_lightning.format.preprocessing import Preprocessing
 from detr_lightning.gpu import to_device
 from detr_lightning.ranks import from_rank_0
@@ -53,10 +38,6 @@ def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> N
             f"trainer.limit_{stage}_batches (or trainer.fast_dev_run, trainer.overfit_batches) ends the run early "
             f"({limit}). Results need every image: choose images with data.limit or data.image_ids."
         )
-
-
-FINGERPRINTS = ("names", "content")
-"""The values of `data.fingerprint`."""
 
 
 class COCODataModule(LightningDataModule):
@@ -90,7 +71,7 @@ class COCODataModule(LightningDataModule):
         download: Fetch COCO val2017 (1 GB) to `image_dir` and `annotation_file` where they are missing.
 
     Raises:
-        ValueError: A setting that is not allowed; the message names the allowed ones.
+        SettingError: A setting that is not allowed; the message names the allowed ones.
     """
 
     def __init__(
@@ -113,22 +94,11 @@ class COCODataModule(LightningDataModule):
         download: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("data.batching", batching, BATCHINGS)
-        check_choice("data.image_backend", image_backend, BACKENDS)
-        check_choice("data.exif", exif, EXIF)
-        check_choice("data.on_error", on_error, ("raise", "skip"))
-        check_choice("data.fingerprint", fingerprint, FINGERPRINTS)
-        lowest = {"batch_size": 1, "num_workers": 0, "limit": 1, "short_side": 1, "long_side": 1, "max_image_pixels": 1}
-        for name, least in lowest.items():
-            value = locals()[name]
-            if value is not None and value < least:
-                raise SettingError(f"data.{name} is {value}, but must be at least {least}.")
-        if batching == "padded" and batch_size is None:
-            raise SettingError("data.batching padded needs data.batch_size: its results depend on it.")
         # Absolute, for the metadata are read in other folders.
         image_dir = os.path.abspath(os.path.expanduser(image_dir)) if image_dir else ""
         annotation_file = None if annotation_file is None else os.path.abspath(os.path.expanduser(annotation_file))
         self.save_hyperparameters()
+        check_settings(self.hparams)
         self.image_dir, self.annotation_file = image_dir, annotation_file
         self.source: ImageSource = FolderImages(image_dir)
         if annotation_file is not None:

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from detr_lightning.errors import SHOWN, IncompleteError, InputError, count
 from detr_lightning.format.entries import ImageEntry
-from detr_lightning.format.schema import RunSettings
+from detr_lightning.format.identity import RunSettings
 
 Place = Path | str
 

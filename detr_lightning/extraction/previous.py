@@ -9,9 +9,9 @@ from typing import Any
 
 from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage
+from detr_lightning.format.identity import RunSettings
 from detr_lightning.format.metadata import MetadataFile, read_metadata
 from detr_lightning.format.names import METADATA, TABLE
-from detr_lightning.format.schema import RunSettings
 from detr_lightning.format.state import RunState, read_entries, read_run, token_of
 
 

@@ -12,8 +12,9 @@ from lightning.pytorch import Trainer
 from detr_lightning import __version__
 from detr_lightning.data.datamodule import COCODataModule
 from detr_lightning.extractor import DETRExtractor
+from detr_lightning.format.identity import ModelRecord, RunSettings
 from detr_lightning.format.keys import QUERY_INDEX
-from detr_lightning.format.schema import ModelRecord, RunRecord, RunSettings
+from detr_lightning.format.schema import RunRecord
 
 PACKAGES = ("lightning", "torch", "torchvision", "pillow")
 """Packages whose versions are recorded: the numbers may depend on them."""

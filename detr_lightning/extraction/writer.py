@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +12,18 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from detr_lightning.batch import HostBatch, image_at, keep_queries, sizes_of_batch, to_stored
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.errors import SettingError, SettingTypeError, check_choice
+from detr_lightning.extraction.image_writer import ImageWriter
 from detr_lightning.extraction.layouts import planned_run, previous_runs
 from detr_lightning.extraction.planned import PlannedRun
 from detr_lightning.extraction.run import IF_EXISTS
 from detr_lightning.extractor import DETRExtractor
-from detr_lightning.format.keys import DTYPES, QUERY_INDEX, FeatureSizes, dtype_of, nbytes
+from detr_lightning.format.keys import DTYPES, QUERY_INDEX, nbytes
 from detr_lightning.format.names import is_url
 from detr_lightning.format.schema import FILES, LAYOUTS, Metadata
 from detr_lightning.ranks import from_rank_0, gather
-from detr_lightning.system import SideThreads, without_collector
-
-QUEUED_IMAGES = 64
-"""Images that may wait to be written. Then the model waits for the disk, and memory stays as it is."""
+from detr_lightning.system import without_collector
 
 
 class EmbeddingWriter(BasePredictionWriter):
@@ -46,7 +41,7 @@ class EmbeddingWriter(BasePredictionWriter):
         commit_seconds: With `lance`, how long ago a process's last commit may be: a kill loses no older work.
 
     Raises:
-        ValueError: A setting that is not allowed; the message names the allowed ones.
+        SettingError: A setting that is not allowed; the message names the allowed ones.
     """
 
     def __init__(
@@ -83,13 +78,17 @@ class EmbeddingWriter(BasePredictionWriter):
         self.extraction: PlannedRun | None = None
         self.finished: frozenset[int] = frozenset()
         self.metadata: Metadata | None = None
-        self.images_written = 0
-        self.bytes_written = 0
-        self._count = threading.Lock()
-        self._pool: SideThreads | None = None
-        self._writing: deque[Future[None]] = deque()
-        self._keys: tuple[str, ...] = ()
-        self._scoring = "softmax"
+        self._images: ImageWriter | None = None
+
+    @property
+    def images_written(self) -> int:
+        """The images that this process has written in the last run."""
+        return 0 if self._images is None else self._images.images_written
+
+    @property
+    def bytes_written(self) -> int:
+        """Their size on disk."""
+        return 0 if self._images is None else self._images.bytes_written
 
     @without_collector()
     def plan(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule) -> PlannedRun:
@@ -97,7 +96,8 @@ class EmbeddingWriter(BasePredictionWriter):
 
         Raises:
             OSError: The folder is a file, cannot be read, or (`if_exists` is `error`) is not empty.
-            ValueError: It holds another extraction, whose settings or images differ, or the Trainer is to stop early.
+            InputError: It holds another extraction, whose settings or images differ, or another program's files.
+            SettingError: The Trainer is to stop early, or the folder is that of the images.
         """
         require_all_batches(trainer, "predict")
         folder = self.output_dir.resolve() if isinstance(self.output_dir, Path) else None
@@ -141,19 +141,19 @@ class EmbeddingWriter(BasePredictionWriter):
 
         Raises:
             OSError: The folder cannot be used, or is not the same for all ranks.
-            ValueError: It holds another extraction, whose settings or images differ.
-            BusyError: Another run is at work in it.
+            InputError: It holds another extraction, whose settings or images differ.
+            SettingTypeError: The model or the data module is not of this package.
+            BusyError: Another run is at work in the folder.
         """
         if stage != "predict":
             return
         data: COCODataModule = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(pl_module, DETRExtractor) or not isinstance(data, COCODataModule):
             raise SettingTypeError("EmbeddingWriter needs a DETRExtractor and a COCODataModule.")
-        self.metadata, self.images_written, self.bytes_written = None, 0, 0
+        self.metadata = self._images = None
         token, self.finished, data.images = from_rank_0(trainer, lambda: self._begin(trainer, pl_module, data))
         problems = gather(trainer, self._join(trainer, pl_module, data, token))
         from_rank_0(trainer, lambda: self._check_ranks(problems))
-        self._keys, self._scoring = pl_module.keys, pl_module.checkpoint.scoring
         pl_module.further_keys = () if self.min_score is None else ("pred_logits",)
 
     def _begin(
@@ -189,7 +189,10 @@ class EmbeddingWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the writing threads, and let SIGTERM end the run as Ctrl-C does."""
         # After the data workers were forked: threads and fork do not mix.
-        self._pool = SideThreads(self.threads, "writer")
+        assert isinstance(pl_module, DETRExtractor)
+        assert self.extraction is not None
+        scoring = pl_module.checkpoint.scoring
+        self._images = ImageWriter(self.extraction, self.threads, pl_module.keys, self.dtype, self.min_score, scoring)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -207,19 +210,16 @@ class EmbeddingWriter(BasePredictionWriter):
 
         Raises:
             OSError: A file could not be written.
-            ValueError: A value does not fit into `dtype`.
+            InputError: A value does not fit into `dtype`.
         """
-        run, pool = self.extraction, self._pool
+        run, images = self.extraction, self._images
         assert run is not None
-        assert pool is not None
+        assert images is not None
         for image_id, reason in batch["failed"]:
             run.fail(image_id, reason)
         for image_id, details in batch.get("details", {}).items():
             run.images[image_id] = replace(run.images[image_id], **details)
-        arrived = HostBatch(prediction)
-        for index, features in enumerate(sizes_of_batch(prediction)):
-            self._writing.append(pool.submit(self._write, index, features, arrived))
-        self._collect(QUEUED_IMAGES)
+        images.submit(prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the waiting images; on rank 0 also wait for the other ranks, count, and write the metadata.
@@ -227,18 +227,21 @@ class EmbeddingWriter(BasePredictionWriter):
         Raises:
             IncompleteError: An image is neither on disk nor listed as skipped.
             OSError: A file could not be written.
+            InputError: A value does not fit into `dtype`.
         """
         assert self.extraction is not None
-        self._collect(0)
+        assert self._images is not None
+        self._images.wait()
         self.extraction.leave(done=True)
-        self._stop()
+        self._images.close()
         if trainer.is_global_zero:
             with without_collector():
                 self.metadata = self.extraction.finish(trainer.world_size)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop the waiting images, finish the files that are being written, and release the folder."""
-        self._stop()
+        if self._images is not None:
+            self._images.close()
         self._let_go()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -253,27 +256,3 @@ class EmbeddingWriter(BasePredictionWriter):
             self.extraction.release()
             self.extraction = None
         self.finished = frozenset()
-
-    def _stop(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool, self._writing = None, deque()
-
-    def _collect(self, allowed: int) -> None:
-        """Raise an error of a writing thread, and wait until no more than `allowed` images are waiting."""
-        while self._writing and (len(self._writing) > allowed or self._writing[0].done()):
-            self._writing.popleft().result()
-
-    def _write(self, index: int, features: FeatureSizes, arrived: HostBatch) -> None:
-        arrived.wait()
-        image_id = int(arrived.tensors["image_id"][index])
-        tensors = image_at(index, arrived.tensors, features)
-        assert self.extraction is not None
-        if self.min_score is not None:
-            kept = keep_queries(image_id, tensors, self.min_score, self._scoring)
-            tensors = {key: kept[key] for key in (*self._keys, QUERY_INDEX)}
-        stored = {key: to_stored(key, image_id, tensor, dtype_of(key, self.dtype)) for key, tensor in tensors.items()}
-        size = self.extraction.save(image_id, stored, features)
-        with self._count:
-            self.images_written += 1
-            self.bytes_written += size

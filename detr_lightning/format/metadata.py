@@ -11,9 +11,10 @@ from typing import Any
 from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.files import json_is_unchanged
+from detr_lightning.format.identity import ModelRecord, RunSettings
 from detr_lightning.format.image_lines import ImageLines
 from detr_lightning.format.names import ID_DIGITS, MAX_ID, METADATA, RUN, STATE
-from detr_lightning.format.schema import FILES, ModelRecord, RunRecord, RunSettings, parse_categories
+from detr_lightning.format.schema import FILES, RunRecord, parse_categories
 
 _REQUIRED = ("image_ids", "num_images", "extract_type", "embedding_keys", "images")
 """Without these fields a `metadata.json` cannot be read."""

@@ -13,8 +13,9 @@ from typing import Any
 
 from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage
+from detr_lightning.format.identity import RunSettings
 from detr_lightning.format.names import RUN, STATE, is_image_id
-from detr_lightning.format.schema import RunRecord, RunSettings
+from detr_lightning.format.schema import RunRecord
 
 DONE = {"done": True}
 """The last line of a rank's journal, once the rank went through all its images."""

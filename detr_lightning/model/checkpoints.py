@@ -69,7 +69,7 @@ def load(
     folder = _folder(weights)
     if folder is not None and (model_type := hugging_face.read_config(folder[0]).get("model_type")) != "detr":
         if any(value is not None for value in (nheads, dilation, ema)):
-            raise SettingError("model.nheads, model.dilation and model.ema are for DETR alone. Leave them out.")
+            raise SettingError("model.nheads, model.dilation and model.ema work only with DETR. Leave them out.")
         return load_folder(*folder, str(model_type))
     source = _from_file(weights, ema) if folder is None else _from_folder(*folder, ema)
     architecture, notes = _settled(source, read_sizes(source.name, source.tensors), nheads, dilation)

@@ -186,7 +186,7 @@ class FamilyDetector(nn.Module):
             InputError: The feature maps have other sizes than planned.
         """
         if padding_mask is not None:
-            raise SettingError("data.batching padded is for DETR alone. Leave it out.")
+            raise SettingError("data.batching padded works only with DETR. Leave it out.")
         if not pixels.is_floating_point():
             raise SettingError(
                 f"{self.model.config.model_type} takes the pixels of its image processor, not {pixels.dtype}."

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from detr_lightning.detections import SCORINGS, probabilities
 from detr_lightning.errors import InputError
 from detr_lightning.format.archive import read_directory
 from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.files import checksum_of, is_plain, same_bytes
-from detr_lightning.format.keys import AXES, DTYPES, EXTRACT_TYPES, QUERY_INDEX, ModelShape, dtype_of, shape_of
+from detr_lightning.format.keys import AXES, EXTRACT_TYPES
 from detr_lightning.format.metadata import MetadataFile
 from detr_lightning.format.names import METADATA, STATE, TABLE, TEMPORARY, file_name, image_id_of
 from detr_lightning.parallel import in_threads
 from detr_lightning.store.store import EmbeddingStore
-
-UNIT_RANGE = ("pred_boxes", "cross_attention")
-"""Keys whose values are in `[0, 1]`."""
+from detr_lightning.store.tensor_checks import Expected, tensor_problems
 
 
 def verify(folder: str | os.PathLike[str], workers: int | None = None, progress: bool | None = None) -> list[str]:
@@ -49,7 +44,7 @@ def verify(folder: str | os.PathLike[str], workers: int | None = None, progress:
         return [_printable(str(error))]
     metadata = store.metadata_file
     problems = [*_guarded(METADATA, _metadata_problems(metadata)), *_guarded("folder", _folder_problems(store))]
-    expected = _Expected.of(metadata)
+    expected = Expected.of(metadata)
 
     def check(image_id: int) -> list[str]:
         name = f"image {image_id}" if store.is_table else file_name(image_id)
@@ -71,26 +66,6 @@ def _guarded(name: str, problems: Iterator[str]) -> Iterator[str]:
 def _printable(text: str) -> str:
     """Return text that any console can print: names of files may hold bytes that are no characters."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """The properties of the files, from the metadata; None where it is incomplete."""
-
-    shape: ModelShape | None = None
-    dtype: str | None = None
-    min_score: float | None = None
-    scoring: str = "softmax"
-
-    @classmethod
-    def of(cls, metadata: MetadataFile) -> _Expected:
-        try:
-            settings = metadata.settings
-            scoring = settings.model.scoring if settings.model.scoring in SCORINGS else "softmax"
-            dtype = settings.dtype if settings.dtype in DTYPES else None
-            return cls(settings.model.shape, dtype, settings.min_score, scoring)
-        except InputError:
-            return cls()
 
 
 def _metadata_problems(metadata: MetadataFile) -> Iterator[str]:
@@ -132,7 +107,7 @@ def _folder_problems(store: EmbeddingStore) -> Iterator[str]:
             yield f"{name}: not a file of this extraction."
 
 
-def _file_problems(store: EmbeddingStore, expected: _Expected, image_id: int) -> Iterator[str]:
+def _file_problems(store: EmbeddingStore, expected: Expected, image_id: int) -> Iterator[str]:
     path = store.path(image_id)
     name = path.name
     try:
@@ -152,19 +127,12 @@ def _file_problems(store: EmbeddingStore, expected: _Expected, image_id: int) ->
         yield f"{name}: is not the file that was written: its checksum differs from that in {METADATA}."
     if tuple(tensors) != store.embedding_keys:
         yield f"{name}: its keys are {', '.join(map(str, tensors))}; expected {', '.join(store.embedding_keys)}."
-    for key, tensor in tensors.items():
-        for problem in _tensor_problems(expected, entry, key, tensor):
-            yield f"{name}: {key} {problem}."
-    if all(map(is_plain, tensors.values())):
-        storage = _storage_problems(store, image_id, tensors)
-        for problem in (*storage, *_problems_together(store, expected, image_id, tensors)):
-            yield f"{name}: {problem}."
+    for problem in (*tensor_problems(expected, entry, tensors), *_storage_problems(store, image_id, tensors)):
+        yield f"{name}: {problem}."
 
 
-def _row_problems(store: EmbeddingStore, expected: _Expected, image_id: int) -> Iterator[str]:
-    entry, tensors = store.entry(image_id), store[image_id]
-    single = (f"{key} {text}" for key in tensors for text in _tensor_problems(expected, entry, key, tensors[key]))
-    for problem in (*single, *_problems_together(store, expected, image_id, tensors)):
+def _row_problems(store: EmbeddingStore, expected: Expected, image_id: int) -> Iterator[str]:
+    for problem in tensor_problems(expected, store.entry(image_id), store[image_id]):
         yield f"image {image_id}: {problem}."
 
 
@@ -175,7 +143,7 @@ def _read(path: Path, entry: ImageEntry) -> bytes:
         InputError: It is a link or longer than recorded, or cannot be read; the message is to follow its name.
     """
     if path.is_symlink():
-        raise InputError(f"is a link to {os.readlink(path)}, no file of its own")
+        raise InputError(f"is a link to {os.readlink(path)}, not a file of its own")
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -210,55 +178,11 @@ def _load(data: bytes) -> dict[str, Tensor]:
 
 
 def _storage_problems(store: EmbeddingStore, image_id: int, tensors: dict[str, Tensor]) -> Iterator[str]:
+    if not all(map(is_plain, tensors.values())):
+        return
     addresses = [tensor.data_ptr() for tensor in tensors.values() if tensor.numel()]
     if len(set(addresses)) < len(addresses):
         yield "two tensors share one storage"
     for key in store.embedding_keys:
         if key in tensors and not same_bytes(store.load(image_id, key), tensors[key]):
-            yield f"{key} is not at the place that the file's directory gives"
-
-
-def _problems_together(
-    store: EmbeddingStore, expected: _Expected, image_id: int, tensors: dict[str, Tensor]
-) -> Iterator[str]:
-    if QUERY_INDEX in tensors:
-        yield from _index_problems(store, expected, image_id, tensors)
-    if "decoder_output" in tensors and "query_embeddings" in tensors:
-        decoder, queries = tensors["decoder_output"], tensors["query_embeddings"]
-        if not (decoder.ndim and len(decoder) and torch.equal(decoder[-1], queries)):
-            yield "query_embeddings are not the last layer of decoder_output"
-
-
-def _index_problems(
-    store: EmbeddingStore, expected: _Expected, image_id: int, tensors: dict[str, Tensor]
-) -> Iterator[str]:
-    queries, recorded = tensors[QUERY_INDEX].flatten().tolist(), store.entry(image_id).num_queries
-    if recorded != len(queries):
-        yield f"{QUERY_INDEX} has {len(queries)} queries, {METADATA} has {recorded}"
-    total = expected.shape.num_queries if expected.shape else sys.maxsize
-    if queries != sorted(set(queries)) or (queries and not 0 <= queries[0] <= queries[-1] < total):
-        yield f"{QUERY_INDEX} does not list queries of the model in their order"
-    if expected.min_score is not None and "pred_logits" in tensors and queries:
-        lowest = probabilities(tensors["pred_logits"], expected.scoring).amax(-1).min().item()
-        if lowest < expected.min_score:
-            yield f"pred_logits keeps a query that scores {lowest:.4f}, less than {expected.min_score}"
-
-
-def _tensor_problems(expected: _Expected, entry: ImageEntry, key: str, tensor: Tensor) -> Iterator[str]:
-    if key not in AXES:
-        return
-    shape = None
-    if entry.features is None:
-        yield f"has no feature_size in {METADATA}, so its shape cannot be checked"
-    elif expected.shape is not None:
-        shape = shape_of(key, expected.shape, entry.features, entry.num_queries)
-    if shape is not None and tuple(tensor.shape) != shape:
-        yield f"has the shape {list(tensor.shape)}, expected {list(shape)}"
-    if expected.dtype is not None and tensor.dtype != (dtype := dtype_of(key, expected.dtype)):
-        yield f"is {tensor.dtype}, expected {dtype}"
-    if not is_plain(tensor):
-        yield "is not contiguous in a storage of its own"
-    elif not torch.isfinite(tensor).all():
-        yield "has values that are not finite"
-    elif key in UNIT_RANGE and tensor.numel() and not 0 <= tensor.min() <= tensor.max() <= 1:
-        yield f"has values from {tensor.min():.4g} to {tensor.max():.4g}, outside of [0, 1]"
+            yield f"{key} is not at the offset that the file's directory gives"

@@ -8,8 +8,9 @@ import torch
 
 from detr_lightning.extraction.run import ExtractionRun
 from detr_lightning.format.entries import ImageEntry
+from detr_lightning.format.identity import ModelRecord, RunSettings
 from detr_lightning.format.keys import FeatureSizes
-from detr_lightning.format.schema import ModelRecord, RunRecord, RunSettings
+from detr_lightning.format.schema import RunRecord
 
 ARCHITECTURE = {
     "block": "basic",

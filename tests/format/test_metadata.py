@@ -11,10 +11,11 @@ import pytest
 from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.files import write_json
+from detr_lightning.format.identity import ModelRecord, RunSettings
 from detr_lightning.format.keys import FeatureSizes
 from detr_lightning.format.metadata import read_metadata
 from detr_lightning.format.names import METADATA
-from detr_lightning.format.schema import Metadata, ModelRecord, RunRecord, RunSettings
+from detr_lightning.format.schema import Metadata, RunRecord
 
 RUN = RunRecord(
     extract_type="decoder",

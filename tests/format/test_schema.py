@@ -14,8 +14,9 @@ from ran import RunCLI
 
 from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage
+from detr_lightning.format.identity import ModelRecord, RunSettings
 from detr_lightning.format.keys import FeatureSizes, ModelShape, shape_of
-from detr_lightning.format.schema import Metadata, ModelRecord, RunRecord, RunSettings
+from detr_lightning.format.schema import Metadata, RunRecord
 from detr_lightning.store import EmbeddingStore
 from detr_lightning.store.verify import verify
 

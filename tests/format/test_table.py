@@ -14,8 +14,9 @@ pytest.importorskip("lance", reason="pylance, of the extra lance, is not install
 from detr_lightning.errors import InputError
 from detr_lightning.format import columns, object_store, table
 from detr_lightning.format.entries import ImageEntry, SkippedImage
+from detr_lightning.format.identity import ModelRecord, RunSettings
 from detr_lightning.format.keys import KEYS, FeatureSizes, ModelShape, dtype_of, shape_of
-from detr_lightning.format.schema import ModelRecord, RunRecord, RunSettings
+from detr_lightning.format.schema import RunRecord
 
 SHAPE = ModelShape(feature_channels=8, hidden_dim=16, encoder_layers=2, decoder_layers=3, num_queries=5, num_logits=7)
 

@@ -177,9 +177,9 @@ def test_keys_that_a_model_lacks_are_refused(folder: Path) -> None:
 
 
 def test_settings_that_are_detrs_alone_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"model.nheads, model.dilation and model.ema are for DETR alone"):
+    with pytest.raises(ValueError, match=r"model.nheads, model.dilation and model.ema work only with DETR"):
         checkpoints.load(str(folder), nheads=8)
-    with pytest.raises(ValueError, match=r"model.compile is for DETR alone"):
+    with pytest.raises(ValueError, match=r"model.compile works only with DETR"):
         DETRExtractor(str(folder), compile=True)
 
 
@@ -303,5 +303,5 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"rf_detr takes the pixels of its image processor, not torch.uint8"):
             DETRExtractor(str(folder))(torch.zeros(1, 3, *SQUARE, dtype=torch.uint8))
         mask = torch.zeros(1, *SQUARE, dtype=torch.bool)
-        with pytest.raises(ValueError, match=r"data.batching padded is for DETR alone"):
+        with pytest.raises(ValueError, match=r"data.batching padded works only with DETR"):
             DETRExtractor(str(folder))(torch.zeros(1, 3, *SQUARE), mask)

@@ -1,4 +1,4 @@
-"""The input that a model takes, and the settings that change it."""
+"""The settings of the images: which values are allowed, and which a model leaves open."""
 
 from __future__ import annotations
 
@@ -6,9 +6,35 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-from detr_lightning.data.decode import Processor
-from detr_lightning.errors import SettingError
+from detr_lightning.data.batching import BATCHINGS
+from detr_lightning.data.decode import BACKENDS, EXIF, Processor
+from detr_lightning.errors import SettingError, check_choice
 from detr_lightning.format.preprocessing import Preprocessing
+
+_CHOICES = {
+    "batching": BATCHINGS,
+    "image_backend": BACKENDS,
+    "exif": EXIF,
+    "on_error": ("raise", "skip"),
+    "fingerprint": ("names", "content"),
+}
+_LOWEST = {"batch_size": 1, "num_workers": 0, "limit": 1, "short_side": 1, "long_side": 1, "max_image_pixels": 1}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of `COCODataModule` that no model allows.
+
+    Raises:
+        SettingError: One is not allowed, or contradicts another one.
+    """
+    for name, allowed in _CHOICES.items():
+        check_choice(f"data.{name}", settings[name], allowed)
+    for name, least in _LOWEST.items():
+        value = settings[name]
+        if value is not None and value < least:
+            raise SettingError(f"data.{name} is {value}, but must be at least {least}.")
+    if settings["batching"] == "padded" and settings["batch_size"] is None:
+        raise SettingError("data.batching padded needs data.batch_size: its results depend on it.")
 
 
 class ModelInput(Protocol):
@@ -43,7 +69,7 @@ def with_settings(
             f"{preprocessing.height}x{preprocessing.width} pixels (height x width) alone. Leave it null."
         )
     if processor is not None and settings["batching"] == "padded":
-        raise SettingError("data.batching padded is for DETR alone. Leave it out.")
+        raise SettingError("data.batching padded works only with DETR. Leave it out.")
     if processor is not None and settings["image_backend"] != "pil":
         raise SettingError(
             f"data.image_backend is {settings['image_backend']!r}, but the model's own processor "

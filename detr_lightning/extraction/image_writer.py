@@ -1,0 +1,84 @@
+"""The threads that write images to disk while the model computes the next ones."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from detr_lightning.batch import HostBatch, image_at, keep_queries, sizes_of_batch, to_stored
+from detr_lightning.extraction.planned import PlannedRun
+from detr_lightning.format.keys import QUERY_INDEX, FeatureSizes, dtype_of
+from detr_lightning.system import SideThreads
+
+QUEUED_IMAGES = 64
+"""Images that may wait to be written. Then the model waits for the disk, and memory stays as it is."""
+
+
+class ImageWriter:
+    """Writes the images of batches on threads of its own.
+
+    Args:
+        run: Saves them.
+        threads: How many images are written at once.
+        keys: The keys of the model.
+        dtype: `writer.dtype`.
+        min_score: `writer.min_score`.
+        scoring: Of the model: `softmax` or `sigmoid`.
+
+    Attributes:
+        images_written: Images that are written so far.
+        bytes_written: Their size on disk.
+    """
+
+    def __init__(
+        self, run: PlannedRun, threads: int, keys: Sequence[str], dtype: str, min_score: float | None, scoring: str
+    ) -> None:
+        self._run = run
+        self._keys, self._dtype, self._min_score, self._scoring = keys, dtype, min_score, scoring
+        self.images_written = 0
+        self.bytes_written = 0
+        self._count = threading.Lock()
+        self._pool = SideThreads(threads, "writer")
+        self._waiting: deque[Future[None]] = deque()
+
+    def submit(self, prediction: Any) -> None:
+        """Hand a batch to the threads; wait only if too much is waiting already.
+
+        Raises:
+            OSError: An earlier image could not be written.
+            InputError: A value of an earlier image does not fit into `dtype`.
+        """
+        arrived = HostBatch(prediction)
+        for index, features in enumerate(sizes_of_batch(prediction)):
+            self._waiting.append(self._pool.submit(self._write, index, features, arrived))
+        self.wait(QUEUED_IMAGES)
+
+    def wait(self, allowed: int = 0) -> None:
+        """Wait until no more than `allowed` images are waiting.
+
+        Raises:
+            OSError, InputError: As for `submit`.
+        """
+        while self._waiting and (len(self._waiting) > allowed or self._waiting[0].done()):
+            self._waiting.popleft().result()
+
+    def close(self) -> None:
+        """Drop the waiting images, and finish those that are being written."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._waiting.clear()
+
+    def _write(self, index: int, features: FeatureSizes, arrived: HostBatch) -> None:
+        arrived.wait()
+        image_id = int(arrived.tensors["image_id"][index])
+        tensors = image_at(index, arrived.tensors, features)
+        if self._min_score is not None:
+            kept = keep_queries(image_id, tensors, self._min_score, self._scoring)
+            tensors = {key: kept[key] for key in (*self._keys, QUERY_INDEX)}
+        stored = {key: to_stored(key, image_id, tensor, dtype_of(key, self._dtype)) for key, tensor in tensors.items()}
+        size = self._run.save(image_id, stored, features)
+        with self._count:
+            self.images_written += 1
+            self.bytes_written += size
