@@ -237,7 +237,7 @@ def test_what_is_not_there(coco_folder: Coco, tiny_weights: Path, tmp_path: Path
     image = next(coco_folder.images.iterdir())
     with pytest.raises(FileNotFoundError, match=r"no file and no folder .*none\.jpg"):
         read(tmp_path / "none.jpg", tiny_weights)
-    with pytest.raises(FileNotFoundError, match=r"number 2, .*none\.jpg, is no file"):
+    with pytest.raises(FileNotFoundError, match=r"number 2, .*none\.jpg, is not a file"):
         read([image, tmp_path / "none.jpg"], tiny_weights, on_error="skip")
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         read(coco_folder.images, tiny_weights, annotation_file=tmp_path / "none.json")

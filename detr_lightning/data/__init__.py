@@ -1,1 +1,1 @@
-"""Images: finding, reading and resizing them, and putting them into batches."""
+"""Images: finding, reading, resizing and batching them."""

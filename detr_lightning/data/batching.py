@@ -1,4 +1,4 @@
-"""Batches: the images that share one, the rank that computes it, and its tensor of pixels."""
+"""Batches: the images in each, the rank that computes it, and its tensor of pixels."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ def plan_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> list[list[ImageRecord]]:
-    """Return the batches of one rank. A function of its arguments alone, so that ranks need not talk to each other.
+    """Return the batches of one rank. The result depends only on the arguments, so ranks need not communicate.
 
-    Every image that is not finished is in exactly one batch of one rank. Batches go to the rank with the fewest pixels
-    so far, large ones first, and a rank computes its largest batch first: memory that does not suffice shows at once.
+    Every unfinished image is in exactly one batch of one rank. Batches are assigned from the largest to the smallest,
+    each to the rank with the fewest pixels so far. A rank computes its largest batch first: if memory does not suffice,
+    that shows at once.
 
     Args:
         records: All images of the run.
-        resize: The size of an image after resizing, from its size.
-        batch_size: The most images in a batch.
-        batching: `exact` joins only images of one resized size, so that nothing is padded. `padded` takes the images in
-            the order of their ids, as the official code does; there a finished image stays in a batch whose
-            other images are not finished, since they depend on it.
-        finished: Ids of the images that need not be computed.
-        rank: Which rank's batches to return.
+        resize: Returns the size of an image after resizing, given its size.
+        batch_size: The maximum number of images in a batch.
+        batching: `exact` batches only images of the same resized size, so that nothing is padded. `padded` takes the
+            images in the order of their ids, as the official code does; a finished image then stays in a batch with
+            unfinished images, since their results depend on it.
+        finished: The ids of the images that need not be computed.
+        rank: The rank whose batches to return.
         world_size: The number of ranks.
 
     Raises:
-        ValueError: A batch size below 1, an unknown batching, or a rank outside `world_size`.
+        SettingError: The batch size is below 1, the batching is unknown, or the rank is not in `world_size`.
     """
     check_choice("data.batching", batching, BATCHINGS)
     if batch_size < 1:
-        raise SettingError(f"data.batch_size is {batch_size}; it must be at least 1.")
+        raise SettingError(f"data.batch_size is {batch_size}, but must be at least 1.")
     if not 0 <= rank < world_size:
         raise SettingError(f"rank is {rank}; with world_size {world_size} it must be from 0 to {world_size - 1}.")
     finished = frozenset(finished)
@@ -68,20 +69,20 @@ def collate(
     padded: bool = False,
     failed: Iterable[tuple[int, str]] = (),
 ) -> dict[str, Any]:
-    """Join images to one batch.
+    """Join images into one batch.
 
     Args:
-        items: Each image with its pixels, `[3, height, width]`, and their height and width. There may be none.
-        padded: Fill up smaller images with zeros at the bottom and on the right, and add `padding_mask`. Zeros are what
-            the network should see there after normalisation: that is the model's part.
-        failed: Ids of images that could not be read, and why.
+        items: Each image with its pixels, `[3, height, width]`, and their height and width. May be empty.
+        padded: Pad smaller images with zeros at the bottom and on the right, and add `padding_mask`. The model has to
+            restore these zeros after normalisation.
+        failed: The ids of the images that could not be read, each with the reason.
 
     Returns:
         `image_id` (list), `pixels` (`[B, 3, H, W]` in channels-last memory, uint8 for DETR), `input_size` (list of
-        height and width), `failed` (list), and with `padded` `padding_mask` (bool `[B, H, W]`, True on padding).
+        height and width), `failed` (list) and, with `padded`, `padding_mask` (bool `[B, H, W]`, True on padding).
 
     Raises:
-        ValueError: Images of different sizes without `padded`.
+        SettingError: The images differ in size, and `padded` is false.
     """
     sizes = [size for _, _, size in items]
     if not padded and len(set(sizes)) > 1:
@@ -109,7 +110,7 @@ def collate(
 def _exact(
     records: list[ImageRecord], sizes: dict[Size, Size], batch_size: int, world_size: int
 ) -> list[list[ImageRecord]]:
-    """Group by resized size; a small group is cut finer, so that ranks can share it."""
+    """Group images by resized size. Small groups get smaller batches, so that ranks can share them."""
     groups: defaultdict[Size, list[ImageRecord]] = defaultdict(list)
     for record in records:
         groups[sizes[record.size]].append(record)
@@ -125,7 +126,7 @@ def _chunks(records: list[ImageRecord], length: int) -> list[list[ImageRecord]]:
 def _balance(
     batches: list[list[ImageRecord]], sizes: dict[Size, Size], world_size: int
 ) -> list[list[list[ImageRecord]]]:
-    """Give each batch, the largest first, to the rank with the fewest pixels so far."""
+    """Assign each batch, the largest first, to the rank with the fewest pixels so far."""
 
     def largest_first(batch: list[ImageRecord]) -> tuple[int, Size, int]:
         height, width = (max(sides) for sides in zip(*(sizes[record.size] for record in batch), strict=True))

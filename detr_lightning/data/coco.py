@@ -1,4 +1,4 @@
-"""The one reader of COCO JSON, for images, for validation and for matching. Anyone may have made the file."""
+"""The reader of COCO JSON for images, validation and matching. The file may come from any source."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from detr_lightning.errors import InputError
 
 @dataclass(frozen=True)
 class COCOFile:
-    """The content of a COCO annotation file, each value in its one form.
+    """The content of a COCO annotation file, with normalised values.
 
     Attributes:
         path: The file.
-        images: In the file's order; width and height are 0 where the file leaves one of them out.
+        images: The images in the file's order; width and height are 0 if the file lacks one of them.
         categories: The name of each category id.
-        annotations: With an integer `image_id` and `category_id`, a finite `bbox` `[x, y, width, height]`, an `area`
-            (the box's where the file has none) and `iscrowd` 0 or 1. `id` is the file's own: text, repeated or missing.
-            Empty where they were not asked for.
+        annotations: The annotations, with an integer `image_id` and `category_id`, a finite `bbox`
+            `[x, y, width, height]`, an `area` (by default that of the box) and `iscrowd` 0 or 1. `id` is unchecked: it
+            may be text, repeated or missing. Empty if the annotations were not requested.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class COCOFile:
         annotations = [annotation for annotation in self.annotations if annotation["image_id"] in wanted]
         if not annotations:
             raise InputError(
-                f"{self.path} has no annotation for any of the {len(wanted)} images, "
+                f"{self.path} has no annotations for any of the {len(wanted)} images, "
                 "so there is nothing to compare with."
             )
         return {
@@ -59,8 +59,8 @@ def read_coco_file(
 ) -> COCOFile:
     """Read and check a COCO annotation file, in any encoding of Unicode.
 
-    Values with one meaning are normalised: integers and numbers written as text, integers with a decimal point, a
-    missing `area` or `iscrowd`. Values without one are refused: NaN, infinity, a repeated image id, an unusable box.
+    Values with a clear meaning are normalised: integers and numbers written as text, integers with a decimal point, a
+    missing `area` or `iscrowd`. All others are refused: NaN, infinity, a repeated image id, an unusable box.
 
     Args:
         source: The file.
@@ -69,8 +69,8 @@ def read_coco_file(
         setting: The user's name for the file.
 
     Raises:
-        FileNotFoundError: The file is not there.
-        InputError: The file is not COCO's, or an entry is unusable; the message names the entry.
+        FileNotFoundError: The file does not exist.
+        InputError: The file is not in COCO's format, or an entry cannot be used; the message names the entry.
     """
     path = Path(source)
     document = _load_json(path, setting, _trim(annotations))
@@ -97,7 +97,7 @@ def read_coco_file(
 
 
 def _trim(annotations: str) -> Callable[[dict[str, Any]], dict[str, Any] | None] | None:
-    """Return a function that reduces each object of the file while it is parsed: most of a file is not needed here."""
+    """Return a function that trims each object of the file while it is parsed: most of a file is not needed here."""
     if annotations == "whole":
         return None
     skip = annotations == "skip"
@@ -117,19 +117,17 @@ def _trim(annotations: str) -> Callable[[dict[str, Any]], dict[str, Any] | None]
 
 def _load_json(source: Path, setting: str, hook: Callable[[dict[str, Any]], Any] | None) -> dict[str, Any]:
     if not source.is_file():
-        what = "is not a file" if source.exists() else "does not exist"
-        raise FileNotFoundError(f"{setting} {what}: {source}. Give COCO's instances_*.json, or a file in its format.")
+        problem = "is not a file" if source.exists() else "does not exist"
+        raise FileNotFoundError(f"{setting} {problem}: {source}. Give COCO's instances_*.json or a file in its format.")
     try:
         document = json.loads(source.read_bytes(), object_hook=hook)
     except UnicodeDecodeError as error:
-        raise InputError(f"{source} is not JSON that can be read: {error}. Save it as UTF-8.") from error
+        raise InputError(f"{source} cannot be read as JSON: {error}. Save it as UTF-8.") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{source} is not JSON that can be read ({error}), so it is not a COCO annotation file."
-        ) from error
+        raise InputError(f"{source} cannot be read as JSON ({error}), so it is not a COCO annotation file.") from error
     if not isinstance(document, dict):
-        hint = "; a list is a file of results, not of annotations" if isinstance(document, list) else ""
-        raise InputError(f"{source} holds a {type(document).__name__}, but COCO annotations are an object{hint}.")
+        hint = "; a list is the format of results, not of annotations" if isinstance(document, list) else ""
+        raise InputError(f"{source} contains a {type(document).__name__}, but COCO annotations are an object{hint}.")
     return document
 
 

@@ -1,4 +1,4 @@
-"""One entry of a COCO file: its values in one form, and an error that names each value that cannot be used."""
+"""The entries of a COCO file: their values are normalised, and an error names each value that cannot be used."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from detr_lightning.errors import InputError
 from detr_lightning.format.names import MAX_ID
 
 MAX_SIDE = 2**31 - 1
-"""The longest side that an image file can state."""
+"""The longest side that an image file can declare."""
 
 MAX_NUMBER = 1e12
-"""No number of pixels in an annotation is larger. NaN and infinity are not smaller either."""
+"""The upper limit of the numbers in an annotation. It also excludes NaN and infinity."""
 
 _OUTSIDE = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
-"""An absolute path, also one of Windows, or one with `..` in it."""
+"""Matches an absolute path, also on Windows, or one that contains `..`."""
 
 _INTEGER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*")
 _NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\s*")
@@ -28,18 +28,18 @@ _NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\
 _reprs = reprlib.Repr()
 _reprs.maxstring = _reprs.maxother = 120
 shown = _reprs.repr
-"""Returns a value as a message shows it, which is never long."""
+"""Returns a value as messages show it, shortened."""
 
 
 def image_record(entry: Any, named: bool) -> ImageRecord:
-    """Return the image that an entry of `images` describes; width and height are 0 where it leaves one of them out.
+    """Return the image that an entry of `images` describes; width and height are 0 if one of them is missing.
 
     Args:
         entry: The entry.
-        named: Whether it needs a `file_name`.
+        named: Whether the entry must have a `file_name`.
 
     Raises:
-        InputError: It describes none; the message goes on after the name of the entry.
+        InputError: A value cannot be used; the message continues after the name of the entry.
     """
     if not isinstance(entry, dict):
         raise InputError(f" is {shown(entry)}, but must be an object with 'id' and 'file_name'.")
@@ -60,7 +60,7 @@ def image_record(entry: Any, named: bool) -> ImageRecord:
 
 def _file_name(name: Any) -> str:
     if not isinstance(name, str):
-        raise InputError(f": 'file_name' is {shown(name)}, but must be text.")
+        raise InputError(f": 'file_name' is {shown(name)}, but must be a string.")
     if _OUTSIDE.match(name) or not name.strip("./"):
         raise InputError(f": 'file_name' is {shown(name)}, but must be a path inside the image folder.")
     try:
@@ -68,19 +68,19 @@ def _file_name(name: Any) -> str:
     except UnicodeEncodeError:
         valid = False
     if not valid:
-        raise InputError(f": 'file_name' is {shown(name)}, which no file can be called.")
+        raise InputError(f": 'file_name' is {shown(name)}, which is not a valid file name.")
     return posixpath.normpath(name)
 
 
 def normalise_annotation(entry: Any, categories: Collection[int]) -> None:
-    """Give the values of an entry of `annotations` their one form, in place.
+    """Normalise the values of an entry of `annotations`, in place.
 
     Args:
         entry: The entry.
-        categories: The category ids that there are.
+        categories: The known category ids.
 
     Raises:
-        InputError: A value has no such form; the message goes on after the name of the entry.
+        InputError: A value cannot be used; the message continues after the name of the entry.
     """
     if not isinstance(entry, dict):
         raise InputError(f" is {shown(entry)}, but must be an object with 'image_id', 'category_id' and 'bbox'.")
@@ -111,7 +111,7 @@ def normalise_annotation(entry: Any, categories: Collection[int]) -> None:
 
 
 def integer(value: Any) -> int | None:
-    """Return the integer that a value is, also as text or with a decimal point, or None."""
+    """Convert a value to an integer, also from text or a float without a fraction; return None if it is not one."""
     if type(value) is int:
         return value
     if isinstance(value, str) and _INTEGER.fullmatch(value):
@@ -122,7 +122,7 @@ def integer(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    """Return the finite number that a value is, also as text, or None."""
+    """Convert a value to a finite number, also from text; return None if it is not one."""
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:

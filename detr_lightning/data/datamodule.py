@@ -1,4 +1,4 @@
-"""The images of a run as a LightningDataModule."""
+"""The LightningDataModule of a run's images."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def require_all_batches(trainer: Trainer, stage: Literal["predict", "val"]) -> N
     """Refuse a Trainer that would leave images out.
 
     Raises:
-        SettingError: It is to stop after a part of the batches.
+        SettingError: The Trainer limits the number of batches.
     """
     limit = getattr(trainer, f"limit_{stage}_batches")
     if isinstance(limit, int) or limit != 1.0:
         raise SettingError(
             f"trainer.limit_{stage}_batches (or trainer.fast_dev_run, trainer.overfit_batches) ends the run early "
-            f"({limit}). Results need every image: choose images with data.limit or data.image_ids."
+            f"({limit}). Results need every image: select images with data.limit or data.image_ids."
         )
 
 
@@ -45,33 +45,35 @@ class COCODataModule(LightningDataModule):
 
     Args:
         image_dir: The folder with the images.
-        annotation_file: COCO's `instances_*.json` for them. Without it every image in the folder and its subfolders is
-            taken (`.jpg`, `.jpeg`, `.png`, `.bmp`, `.webp`, `.tif`, `.tiff`; `.avif` where Pillow reads it, `.heic` and
-            `.heif` where pillow-heif is installed), and sizes come from the headers.
-        image_ids: Only these images: a list of ids or file names, or a text file with one per line.
-        limit: Only the first so many images, by id.
-        shuffle_seed: Choose those `limit` images at random instead, always the same with the same seed.
-        batch_size: The most images in a batch. It changes speed and memory, and with `exact` batching no result. By
-            default 4 on a CPU, which reads that many at a time and computes them one by one, and 8 elsewhere.
-        num_workers: Processes that read images. By default none on a CPU, where they would take the model's cores from
-            it, and elsewhere a device's share of the cores less one, at least 1 and at most 8.
-        batching: `exact` puts only images of one resized size in a batch, so nothing is padded and no image changes
-            another's embeddings. `padded` fills up smaller images as the official code does, in the order of the ids.
-        image_backend: `pil` gives the official pixels bit for bit; `torchvision` is faster, within 1 level of 255.
+        annotation_file: COCO's `instances_*.json` for them. Without it, every image in the folder and its subfolders is
+            used (`.jpg`, `.jpeg`, `.png`, `.bmp`, `.webp`, `.tif`, `.tiff`; `.avif` if Pillow reads it, `.heic` and
+            `.heif` if pillow-heif is installed), and sizes come from the headers.
+        image_ids: Use only these images: a list of ids or file names, or a text file with one per line.
+        limit: Use only this many images, the first by id.
+        shuffle_seed: Select those `limit` images at random instead; the same seed gives the same images.
+        batch_size: The maximum number of images in a batch. It affects speed and memory, but with `exact` batching no
+            results. By default 4 on a CPU, which reads that many at a time and computes them one by one, and 8
+            elsewhere.
+        num_workers: The number of processes that read images. By default none on a CPU, where they would compete with
+            the model for cores; elsewhere one less than the device's share of the cores, at least 1 and at most 8.
+        batching: `exact` puts only images of the same resized size in a batch, so that nothing is padded and no image
+            affects another's embeddings. `padded` pads smaller images as the official code does, in the order of ids.
+        image_backend: `pil` gives the official pixels bit for bit; `torchvision` is faster, and within 1 of 255 levels.
         exif: `ignore` takes pixels as they are stored, as the official code does; `apply` turns images by their EXIF
             tag. Sizes and boxes are then those of the turned image.
-        on_error: What to do about an image that cannot be read: `raise`, or `skip` it and list it in the metadata.
-        fingerprint: How a resumed run knows a finished image again: `names` compares its file's name and size in
-            pixels; `content` also records the sha256 of the file, and reads all finished images' files to compare it.
-        short_side: The short side of an image after resizing; by default what the model was trained with, for the
-            official models 800.
-        long_side: The upper limit of the long side; by default that of the training, 1333.
-        max_image_pixels: Refuse larger images as decompression bombs; by default above Pillow's limit, 89 million.
-            Reading an image takes at most 12 bytes of memory per pixel, so 1.1 GB with that limit.
-        download: Fetch COCO val2017 (1 GB) to `image_dir` and `annotation_file` where they are missing.
+        on_error: What to do if an image cannot be read: `raise`, or `skip` it and list it in the metadata.
+        fingerprint: How a resumed run recognizes a finished image: `names` compares the name and the size in pixels;
+            `content` also records the sha256 of the file, and reads the files of all finished images to compare it.
+        short_side: The short side of an image after resizing; by default that of the model's training, 800 for the
+            official models.
+        long_side: The upper limit of the long side; by default that of the model's training, 1333 for the official
+            models.
+        max_image_pixels: Refuse larger images as decompression bombs; by default Pillow's limit, 89 million. Reading an
+            image takes at most 12 bytes of memory per pixel, so 1.1 GB with that limit.
+        download: Download COCO val2017 (1 GB) to `image_dir` and `annotation_file` if they are missing.
 
     Raises:
-        SettingError: A setting that is not allowed; the message names the allowed ones.
+        SettingError: A setting is not allowed; the message names the allowed values.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class COCODataModule(LightningDataModule):
         download: bool = False,
     ) -> None:
         super().__init__()
-        # Absolute, for the metadata are read in other folders.
+        # Absolute, since the metadata may be read from other folders.
         image_dir = os.path.abspath(os.path.expanduser(image_dir)) if image_dir else ""
         annotation_file = None if annotation_file is None else os.path.abspath(os.path.expanduser(annotation_file))
         self.save_hyperparameters()
@@ -120,21 +122,20 @@ class COCODataModule(LightningDataModule):
         """Return a data module for the images of a source.
 
         Args:
-            source: The images. They are no argument of `__init__`, which Lightning would copy.
-            **settings: Of `COCODataModule`, except the first two.
+            source: The images. Not an argument of `__init__`, whose arguments Lightning copies.
+            **settings: The settings of `COCODataModule`, except the first two.
         """
         data = cls("", **settings)
         data.source = source
         return data
 
     def use_model(self, checkpoint: ModelInput) -> None:
-        """Prepare images as a model was trained with them, as far as `short_side` and `long_side` leave it open.
+        """Preprocess images as in the model's training, except for `short_side` and `long_side` if they are set.
 
-        `setup` calls it for the model of its Trainer.
+        `setup` calls this for the model of its Trainer.
 
         Raises:
-            SettingError: A side or `image_backend` was set, and the model does not leave it open; or the long side is
-                less than the short side.
+            SettingError: The model does not allow a setting, or the long side is less than the short side.
         """
         self._use(checkpoint.preprocessing, checkpoint.processor)
 
@@ -146,7 +147,7 @@ class COCODataModule(LightningDataModule):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """The way from an image to the model's input: part of a run's identity."""
+        """The settings of the preprocessing, which are part of a run's identity."""
         exif = {"exif": self.hparams["exif"]}
         if self.input.processor is not None:
             return {**self.input.to_json(), **exif}
@@ -155,7 +156,7 @@ class COCODataModule(LightningDataModule):
 
     @property
     def known(self) -> Mapping[str, Known]:
-        """Images of earlier runs by file name: see `ImageSource.find`."""
+        """Images of earlier runs by file name; see `ImageSource.find`."""
         return self._known
 
     @known.setter
@@ -165,19 +166,19 @@ class COCODataModule(LightningDataModule):
 
     @property
     def batching(self) -> str:
-        """The batching, as far as results depend on it."""
+        """The batching, with the batch size if results depend on it."""
         batching: str = self.hparams["batching"]
         return batching if batching == "exact" else f"{batching}, {self.batch_size}"
 
     @property
     def hash_files(self) -> Callable[[Collection[int]], dict[int, str]] | None:
-        """Returns the sha256 of the files of these images by id; None unless `fingerprint` is `content`."""
+        """A function that returns the sha256 of these images' files by id; None unless `fingerprint` is `content`."""
         if self.hparams["fingerprint"] == "names":
             return None
         return lambda image_ids: hash_files(self.source, [r for r in self.records if r.image_id in image_ids])
 
     def prepare_data(self) -> None:
-        """Download missing files, if asked to. Lightning calls it in one process of each node."""
+        """Download missing files if `download` is set. Lightning calls this in one process of each node."""
         if self.hparams["download"]:
             from detr_lightning.data.download import download_val2017
 
@@ -185,13 +186,13 @@ class COCODataModule(LightningDataModule):
             download_val2017(Path(self.image_dir), annotation_file)
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the images, their sizes, and the annotations for validation on rank 0; send them to the other ranks.
+        """Find the images, their sizes and, for validation, the annotations on rank 0; send the images to all ranks.
 
         Raises:
-            FileNotFoundError: The folder or the annotation file is not there.
-            InputError: What they hold cannot be used; the message names the entry.
-            SettingError: The Trainer is to validate with a part of the batches, or a setting does not fit the model.
-            UnreadableImageError: A header cannot be read, and `on_error` is `raise`.
+            FileNotFoundError: A folder or file that the settings name does not exist.
+            InputError: The content of a file cannot be used; the message names the entry.
+            SettingError: The Trainer limits the batches of a validation, or a setting does not fit the model or images.
+            UnreadableImageError: An image cannot be used, and `on_error` is `raise`.
         """
         model = getattr(self.trainer, "lightning_module", None)
         if model is not None and hasattr(model, "checkpoint"):
@@ -206,7 +207,7 @@ class COCODataModule(LightningDataModule):
         self.images = find() if self.trainer is None else from_rank_0(self.trainer, find)
 
     def find_images(self, validate: bool = False) -> None:
-        """Find the images in this process alone; see `setup`.
+        """Find the images in this process only; see `setup`.
 
         Args:
             validate: Also read the annotations, and the headers of all images.
@@ -227,7 +228,7 @@ class COCODataModule(LightningDataModule):
 
     @property
     def images(self) -> Images:
-        """All that `setup` found: the images, those that cannot be read, and the categories."""
+        """Everything that `setup` found: the images, those that cannot be used, and the categories."""
         return Images(self.records, self.failures, self.categories)
 
     @images.setter
@@ -236,7 +237,7 @@ class COCODataModule(LightningDataModule):
         self._ready = True
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return this rank's batches of the images that no callback, such as `EmbeddingWriter`, has already."""
+        """Return this rank's batches, without the images that a callback such as `EmbeddingWriter` has finished."""
         callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
         return self._loader(frozenset().union(*(getattr(callback, "finished", ()) for callback in callbacks)))
 
@@ -248,8 +249,9 @@ class COCODataModule(LightningDataModule):
         """Return the annotations of the images as a COCO dataset.
 
         Raises:
-            SettingError: There is no annotation file.
-            InputError: There is no annotation for the images, or one of them is not COCO's.
+            SettingError: `annotation_file` is not set.
+            FileNotFoundError: The annotation file does not exist.
+            InputError: The annotation file cannot be used, or has no annotations for the images.
         """
         if self.annotation_file is None:
             raise SettingError("data.annotation_file is not set: validation needs COCO annotations to compare with.")
@@ -261,7 +263,7 @@ class COCODataModule(LightningDataModule):
         return self._ground_truth
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Stop at an unreadable image, unless it is to be skipped: here, since an error in a worker arrives garbled.
+        """Stop at an unreadable image unless `on_error` is `skip`. An error in a data worker would arrive garbled.
 
         Raises:
             UnreadableImageError: An image of the batch could not be read, and `on_error` is `raise`.
@@ -285,7 +287,7 @@ class COCODataModule(LightningDataModule):
         """Return the number of data workers of each rank.
 
         Raises:
-            SettingError: `num_workers` asks for more than the shared memory has room for.
+            SettingError: The shared memory has no room for `num_workers` data workers.
         """
         ranks, device = (trainer.num_devices, trainer.strategy.root_device.type) if trainer else (1, "cpu")
         pixels = max((height * width for height, width in (self.resize(r.size) for r in self.records)), default=0)
@@ -308,6 +310,6 @@ class COCODataModule(LightningDataModule):
             self._processor,
             self.hparams["fingerprint"],
         )
-        # Without a batch Lightning would skip the hooks in which ranks meet: an empty one keeps them.
+        # Without any batch, Lightning would skip the hooks in which ranks synchronize: an empty one keeps them.
         images = ImageBatches(batches or [[]], reader, self.resize, self.hparams["batching"] == "padded")
         return image_loader(images, self.workers(trainer), device)

@@ -1,4 +1,4 @@
-"""COCO val2017 from its own server: resumed where it was cut off, checked, then unpacked."""
+"""Download of COCO val2017 from its own server: resumed if it was cut off, verified, then unpacked."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip file of COCO's.
+    """One of COCO's zip files.
 
     Attributes:
-        url: Its place under `BASE_URL`.
-        size: Its bytes.
-        md5: Its checksum, as published by those who mirror COCO; COCO itself gives none.
-        members: The folder inside whose files are wanted.
+        url: The path under `BASE_URL`.
+        size: The size in bytes.
+        md5: The checksum, as published by mirrors of COCO; COCO itself publishes none.
+        members: The folder or file in the archive to unpack.
     """
 
     url: str
@@ -45,28 +45,28 @@ ANNOTATIONS = Archive(
 
 
 def download_val2017(image_dir: Path, annotation_file: Path | None) -> None:
-    """Fetch the images and annotations of COCO val2017 that are missing.
+    """Download the images and annotations of COCO val2017 if they are missing.
 
     Args:
-        image_dir: Where the images go; skipped where the folder exists and has files.
-        annotation_file: Where the annotations go; skipped where the file exists, or None.
+        image_dir: The folder for the images; skipped if it exists and is not empty.
+        annotation_file: The file for the annotations; skipped if it exists or is None.
 
     Raises:
-        ConnectionError: The server does not deliver; the bytes that arrived are kept, and the same call continues.
-        ValueError: The downloaded file is not the one that COCO published.
+        ConnectionError: The download failed; the data received so far is kept, and another call resumes.
+        SettingError: The downloaded file is not the one that COCO published.
     """
     if annotation_file is not None:
-        with _alone_in(annotation_file.parent):
+        with _locked(annotation_file.parent):
             if not annotation_file.exists():
                 _unpack_annotations(annotation_file)
-    with _alone_in(image_dir.parent):
+    with _locked(image_dir.parent):
         if not image_dir.is_dir() or not any(image_dir.iterdir()):
             _unpack_images(image_dir)
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Let the ranks of a run into a folder one after the other: the first one downloads, the others find it done."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Let the ranks of a run into a folder one at a time: the first one downloads, the others find the files."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".download.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -95,7 +95,7 @@ def _unpack_images(image_dir: Path) -> None:
 
 
 def _fetch(archive: Archive, folder: Path) -> Path:
-    """Download an archive, going on where an earlier attempt stopped, and check it."""
+    """Download an archive, resuming an earlier attempt, and verify it."""
     url = BASE_URL + archive.url
     path = folder / Path(archive.url).name
     have = path.stat().st_size if path.exists() else 0
@@ -103,24 +103,24 @@ def _fetch(archive: Archive, folder: Path) -> Path:
         print(f"Downloading {url} ({archive.size / 1e6:.0f} MB) to {path}", flush=True)
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                going_on = answer.status == 206  # some servers ignore the range and send all
-                with open(path, "ab" if going_on else "wb") as file:
-                    shutil.copyfileobj(answer, file, CHUNK)
+            with urllib.request.urlopen(request, timeout=60) as response:
+                resumed = response.status == 206  # some servers ignore the range and send everything
+                with open(path, "ab" if resumed else "wb") as file:
+                    shutil.copyfileobj(response, file, CHUNK)
         except OSError as error:
             raise ConnectionError(
                 f"{url} could not be downloaded ({getattr(error, 'reason', error)}). Run the same command again, "
-                f"or put the file at {path} yourself."
+                f"or download the file to {path} yourself."
             ) from error
     have = path.stat().st_size
     if have < archive.size:
         raise ConnectionError(
-            f"{url} was cut off after {have} of {archive.size} bytes. Run the same command again to go on."
+            f"{url} was cut off after {have} of {archive.size} bytes. Run the same command again to resume."
         )
     md5 = _md5(path)
     if md5 != archive.md5:
         path.unlink()
-        raise SettingError(f"{url} arrived with md5 {md5} instead of {archive.md5}, and was removed. Try again.")
+        raise SettingError(f"{url} has md5 {md5} instead of {archive.md5}; the file was removed. Try again.")
     return path
 
 

@@ -1,4 +1,4 @@
-"""The files of an image folder: found by name, opened and listed only inside the folder."""
+"""The files of an image folder: finding, opening and listing them, never outside the folder."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def image_folder(image_dir: str | Path) -> Path:
     """Return the folder as a path.
 
     Raises:
-        FileNotFoundError: It does not exist, or is no folder.
+        FileNotFoundError: It does not exist, or is not a folder.
     """
     folder = Path(image_dir)
     if not image_dir or not folder.is_dir():
-        what = "is empty" if not image_dir else "is not a folder" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"data.image_dir {what}: {image_dir}")
+        problem = "is empty" if not image_dir else "is not a folder" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"data.image_dir {problem}: {image_dir}")
     return folder
 
 
 def find_file(image_dir: str | os.PathLike[str], file_name: str) -> str:
-    """Return the path of a file in a folder, which may not be there.
+    """Return the path of a file in a folder, whether or not it exists.
 
-    A name that differs from the disk's in Unicode normalisation alone, as after a copy from a Mac, is found.
+    A file is also found if its name on disk differs only in Unicode normalisation, as after a copy from a Mac.
     """
     path = os.path.join(image_dir, file_name)
     if file_name.isascii() or os.path.lexists(path):
@@ -46,18 +46,18 @@ def find_file(image_dir: str | os.PathLike[str], file_name: str) -> str:
 
 
 def open_file(image_dir: str | os.PathLike[str], record: ImageRecord) -> BinaryIO:
-    """Open an image's file. It lies inside the folder, whatever happens to links while it is opened.
+    """Open an image's file, which is inside the folder even if links change while it is being opened.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        UnreadableImageError: A link on the way leads out of the folder, or the file cannot be opened.
+        FileNotFoundError: The file does not exist.
+        UnreadableImageError: A link on the way leads out of the folder, or permission is denied.
     """
     try:
         root = os.path.realpath(image_dir)
         path = os.path.realpath(find_file(root, record.file_name))  # raises if a link changes in between
         if path.startswith(os.path.join(root, "")):
             return open(path, "rb", opener=partial(_open_beneath, root))
-        reason = f"a symbolic link leads out of the image folder, to {path}; name the folder that holds the file itself"
+        reason = f"a symbolic link leads out of the image folder, to {path}; give the folder with the file itself"
     except PermissionError as error:
         reason = f"cannot be read ({error.strerror})"
     except OSError as error:
@@ -66,7 +66,7 @@ def open_file(image_dir: str | os.PathLike[str], record: ImageRecord) -> BinaryI
 
 
 def _open_beneath(root: str, path: str, flags: int) -> int:
-    """Open a regular file step by step from a folder, and follow no link: all have been resolved."""
+    """Open a regular file folder by folder, without following links: all have been resolved."""
     folders = os.path.relpath(path, root).split(os.sep)
     name = folders.pop()
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
@@ -85,14 +85,14 @@ def _open_beneath(root: str, path: str, flags: int) -> int:
 
 
 def list_images(folder: Path, extensions: tuple[str, ...]) -> tuple[list[str], Counter[str]]:
-    """Return the relative POSIX paths of the images in a folder and its subfolders, in order, without hidden ones.
+    """List the images in a folder and its subfolders, without hidden ones.
 
     Args:
         folder: The folder.
-        extensions: The extensions that count as an image, in lower case.
+        extensions: The extensions of images, in lower case.
 
     Returns:
-        The paths, and how many files have each other extension.
+        The relative POSIX paths, sorted; and the number of files with each other extension.
 
     Raises:
         SettingError: A linked subfolder leads out of the folder.
@@ -121,11 +121,11 @@ def _walk(folder: Path, extensions: tuple[str, ...], left_out: Counter[str]) -> 
 
 
 def _check_linked_folder(folder: Path, name: str) -> None:
-    """Let a linked subfolder pass whose images are found anyway, and refuse one whose images would be missing."""
+    """Ignore a linked subfolder inside the folder, whose images are found anyway, and refuse one outside."""
     target = os.path.realpath(os.path.join(folder, name))
     root = os.path.realpath(folder)
     if target != root and not target.startswith(os.path.join(root, "")):
         raise SettingError(
             f"{name!r} in {folder} is a symbolic link out of that folder, to {target}. "
-            "Move it away, or set data.image_dir to a folder that holds all images itself."
+            "Move it elsewhere, or set data.image_dir to a folder that contains all images itself."
         )

@@ -1,4 +1,4 @@
-"""The images of a folder: which files count, and their ids."""
+"""The images of a folder, and their ids."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from detr_lightning.format.names import ID_DIGITS
 class FolderImages:
     """The images of a folder and its subfolders, without hidden ones.
 
-    Where the stem of every file is an integer of at most 12 digits, that is its id. Else the files are numbered from 1
-    in the order of their relative paths.
+    If the stem of every file is an integer of at most 12 digits, the stems are the ids. Otherwise the files are
+    numbered from 1 in the order of their relative paths.
 
     Args:
         image_dir: The folder.
 
     Attributes:
-        left_out: How many files of each other extension the folder has.
+        left_out: The number of files with each other extension.
     """
 
     def __init__(self, image_dir: str | Path) -> None:
@@ -37,22 +37,22 @@ class FolderImages:
         """Return all images by id.
 
         Raises:
-            FileNotFoundError: The folder is not there.
-            SettingError: No image, two files with one id, or a linked subfolder that leads out of the folder.
+            FileNotFoundError: The folder does not exist.
+            SettingError: The folder has no images, two files have the same id, or a subfolder is a link out of it.
         """
         extensions = image_extensions()
         names, self.left_out = list_images(image_folder(self.image_dir), extensions)
         if not names:
             others = f"; it has {_counted(self.left_out)}" if self.left_out else ""
             raise SettingError(
-                f"No image in {self.image_dir} or its subfolders: looked for {', '.join(extensions)}{others}."
+                f"No images in {self.image_dir} or its subfolders: looked for {', '.join(extensions)}{others}."
             )
         ids = _folder_ids(names, {name: entry.image_id for name, entry in known.items()})
         return sorted((unsized(ids[name], name, known) for name in names), key=lambda record: record.image_id)
 
     @property
     def images_left_out(self) -> str:
-        """The extensions of images that were left out and their numbers, such as `11 .heic, 1 .jfif`."""
+        """The number of images that were left out, by extension, such as `11 .heic, 1 .jfif`."""
         return _counted({name: number for name, number in self.left_out.items() if name in OTHER_EXTENSIONS})
 
     def open(self, record: ImageRecord) -> ImageFile:

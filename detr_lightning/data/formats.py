@@ -1,4 +1,4 @@
-"""The formats of image files: opening one, and saying in plain words why it cannot be read."""
+"""The formats of image files: opens them, and explains why one cannot be read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from PIL import Image, UnidentifiedImageError, features
 from detr_lightning.errors import UnreadableImageError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
-"""The formats that are decoded, whatever a file's extension. Pillow knows more, but hands EPS to another program."""
+"""The formats that are decoded, whatever a file's extension. Pillow supports more, but runs a program for EPS."""
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""The extensions that count as an image in a folder without annotations, in upper or lower case."""
+"""The extensions of images in a folder without annotations, in upper or lower case."""
 
 EXTENSIONS_IF_READABLE = {"AVIF": (".avif",), "HEIF": (".heic", ".heif")}
-"""Those that count where the format is read here; see `formats`."""
+"""Further extensions of images, by format: they count only if the format is readable here; see `formats`."""
 
 OTHER_EXTENSIONS = frozenset(
     (
@@ -30,30 +30,30 @@ OTHER_EXTENSIONS = frozenset(
         *(".pgm", ".ppm", ".psd", ".raf", ".rw2", ".svg", ".tga"),
     )
 )
-"""Extensions of images that do not count."""
+"""The extensions of images that are left out, with a warning."""
 
 ImageFile: TypeAlias = "str | os.PathLike[str] | BinaryIO | Image.Image"
-"""A path, an open file, or an image that is in memory already."""
+"""A path, an open file, or an image in memory."""
 
 _QUIET = ((UserWarning, r"PIL\."), (DeprecationWarning, r"torchvision\.io\."))
 
-_SIGNS = (
+_SIGNATURES = (
     (
         re.compile(rb"....ftyp(heic|heix|hevc|hevx|heim|heis|mif1|msf1)", re.DOTALL),
         "HEIC",
-        "Install what reads it: pip install 'detr-lightning[heif]'",
+        "Install support for it: pip install 'detr-lightning[heif]'",
     ),
     (re.compile(rb"....ftyp(avif|avis)", re.DOTALL), "AVIF", "Install Pillow 11.3 or later, or save it as PNG"),
     (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ", re.DOTALL), "JPEG XL", "Save it as PNG"),
     (re.compile(rb"%PDF"), "PDF", "Save its pages as PNG"),
     (re.compile(rb"\s*<(\?xml|svg)"), "SVG or XML", "Save it as PNG"),
 )
-"""First bytes of files that are images, or look like them, in none of `FORMATS`; and advice."""
+"""The first bytes of image-like files in none of `FORMATS`, with the format's name and advice."""
 
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Return `FORMATS`, AVIF where Pillow reads it, and HEIF where pillow-heif is installed."""
+    """Return `FORMATS`, AVIF if Pillow reads it, and HEIF if pillow-heif is installed."""
     readable: tuple[str, ...] = FORMATS
     if features.check("avif"):
         readable += ("AVIF",)
@@ -66,21 +66,21 @@ def formats() -> tuple[str, ...]:
 
 
 def image_extensions() -> tuple[str, ...]:
-    """Return the extensions that count as an image in a folder without annotations."""
+    """Return the extensions of images in a folder without annotations."""
     return (*EXTENSIONS, *(name for kind in formats() for name in EXTENSIONS_IF_READABLE.get(kind, ())))
 
 
 @contextlib.contextmanager
 def open_image(source: ImageFile, max_pixels: int | None = None) -> Iterator[Image.Image]:
-    """Open an image file; whatever goes wrong until it is closed again, decoding included, becomes one kind of error.
+    """Open an image file, and turn any error until it is closed, including those of decoding, into one kind.
 
     Args:
         source: The file; an image in memory is passed through.
-        max_pixels: Pixels above which an image is refused as a decompression bomb. Sets Pillow's own limit, for the
-            whole process; None leaves it as it is.
+        max_pixels: The number of pixels above which an image is refused as a decompression bomb. Sets Pillow's own
+            limit for the whole process; None leaves it as it is.
 
     Raises:
-        UnreadableImageError: An empty, broken or too large file, or none of `formats()`.
+        UnreadableImageError: The file is empty, broken or too large, or in none of `formats()`.
     """
     if max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = max_pixels
@@ -111,21 +111,21 @@ def _name(source: ImageFile) -> str:
 def _reason(error: Exception, source: ImageFile) -> str:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"more than {Image.MAX_IMAGE_PIXELS} pixels: refused as a decompression bomb (data.max_image_pixels)"
-    begin = _begin(source)
-    if begin == b"":
+    start = _first_bytes(source)
+    if start == b"":
         return "empty file (0 bytes)"
     if isinstance(error, UnidentifiedImageError):
-        for sign, kind, advice in _SIGNS:
-            if sign.match(begin or b""):
-                return f"{kind}, which is not read here. {advice}"
+        for signature, kind, advice in _SIGNATURES:
+            if signature.match(start or b""):
+                return f"{kind}, which is not supported here. {advice}"
         return "not an image, or its header is broken"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     return f"cannot be decoded ({type(error).__name__}: {error})"
 
 
-def _begin(source: ImageFile) -> bytes | None:
-    """Return the first bytes of a file, or None where it has none to read."""
+def _first_bytes(source: ImageFile) -> bytes | None:
+    """Return the first bytes of a file, or None if they cannot be read."""
     try:
         if isinstance(source, str | os.PathLike):
             with open(source, "rb") as file:
@@ -139,9 +139,9 @@ def _begin(source: ImageFile) -> bytes | None:
 
 
 def _silence() -> None:
-    """Keep Pillow's remarks on odd metadata quiet, and torchvision's on the future of its decoders.
+    """Silence Pillow's warnings about odd metadata, and torchvision's about the future of its decoders.
 
-    `warnings.catch_warnings` is not safe in threads, and makes warnings that others show once appear again and again.
+    `warnings.catch_warnings` is not thread-safe, and makes other libraries' warnings appear more than once.
     """
     for category, module in _QUIET:
         if ("ignore", None, category, re.compile(module), 0) not in warnings.filters:
@@ -149,10 +149,10 @@ def _silence() -> None:
 
 
 def read_content(source: str | os.PathLike[str] | BinaryIO) -> bytes:
-    """Return the bytes of an image file, which need not be an image.
+    """Return the bytes of an image file, whether or not they are an image.
 
     Raises:
-        UnreadableImageError: They cannot be read.
+        UnreadableImageError: The bytes cannot be read.
     """
     try:
         return Path(source).read_bytes() if isinstance(source, str | os.PathLike) else source.read()

@@ -18,7 +18,7 @@ from detr_lightning.errors import InputError, UnreadableImageError
 from detr_lightning.parallel import in_threads
 
 READERS = 8
-"""Threads that read headers."""
+"""The number of threads that read headers."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class HeaderReader:
     """Reads sizes and orientations from headers.
 
     Args:
-        source: Where the images come from.
+        source: The source of the images.
         max_pixels: See `open_image`.
-        exif: `apply` states the sizes of the turned images.
+        exif: With `apply`, sizes are those of the turned images; see `read_image`.
     """
 
     source: ImageSource
@@ -36,7 +36,7 @@ class HeaderReader:
     exif: str = "ignore"
 
     def __call__(self, record: ImageRecord) -> tuple[ImageRecord, str | None]:
-        """Return an image with its size and orientation, or as it was and the reason why they cannot be read."""
+        """Return an image with its size and orientation, or, if the header cannot be read, as given with the reason."""
         try:
             file = self.source.open(record)
             with contextlib.ExitStack() as stack:
@@ -54,15 +54,15 @@ class HeaderReader:
 def measure(
     reader: HeaderReader, records: Sequence[ImageRecord], everything: bool = False
 ) -> tuple[list[ImageRecord], list[Failure]]:
-    """Read the headers of images whose size is not known, in parallel, with a progress bar where it takes long.
+    """Read the headers of images whose size is unknown, in parallel, with a progress bar if it takes long.
 
     Args:
         reader: Reads a header.
         records: The images.
-        everything: Read the headers of all images, to know their orientation. A size that is known stays.
+        everything: Read the headers of all images, for their orientation. Known sizes are kept.
 
     Returns:
-        The images in their order, with their sizes, and those whose header cannot be read, with the reason of each.
+        The images with their sizes, in the given order; and those whose header cannot be read, each with the reason.
     """
     unknown = [record for record in records if everything or not record.width]
     read = dict(
@@ -83,7 +83,7 @@ def measure(
 
 
 def hash_files(source: ImageSource, records: Sequence[ImageRecord]) -> dict[int, str]:
-    """Return the sha256 of images' files by id, read in parallel; an image in memory has none.
+    """Return the sha256 of the images' files by id, read in parallel. Images in memory are left out.
 
     Raises:
         InputError: A file cannot be read; the message names it.
@@ -98,8 +98,8 @@ def hash_files(source: ImageSource, records: Sequence[ImageRecord]) -> dict[int,
                 return hashlib.sha256(read_content(file)).hexdigest()
         except (FileNotFoundError, UnreadableImageError) as error:
             raise InputError(
-                f"{error}. data.fingerprint content compares the files of finished images too: put it back, or use "
-                "data.fingerprint=names."
+                f"{error}. data.fingerprint content also compares the files of finished images: restore the file, or "
+                "use data.fingerprint=names."
             ) from error
 
     hashes = in_threads(sha256, records, READERS, "Hashing images")

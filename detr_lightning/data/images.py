@@ -1,4 +1,4 @@
-"""The images of a run: those chosen from a source, their sizes, and those that cannot be used."""
+"""The images of a run: those selected from a source, their sizes, and those that cannot be used."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Images(NamedTuple):
     """The images of a run.
 
     Attributes:
-        records: Those that the model will see, by id, with their sizes.
-        failures: Those whose header cannot be read, or whose shape the model cannot take, and why.
-        categories: The name of each category id, where the source has them.
+        records: The images that the model will see, by id, with their sizes.
+        failures: The images whose header cannot be read or whose shape the model does not accept, with the reasons.
+        categories: The name of each category id, if the source has them.
     """
 
     records: list[ImageRecord]
@@ -36,7 +36,7 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """The images to take: settings of `COCODataModule`."""
+    """The settings of `COCODataModule` that select images."""
 
     image_ids: list[int | str] | str | None = None
     limit: int | None = None
@@ -52,18 +52,19 @@ class Choice:
         known: Mapping[str, Known],
         every_header: bool = False,
     ) -> Images:
-        """Return the images of a run, with warnings where a user may expect other ones.
+        """Return the images of a run, and warn if the user may expect different ones.
 
         Args:
-            source: Where they come from.
-            resize: The size that the model sees, from an image's; it raises a `SettingError` for an impossible shape.
+            source: The source of the images.
+            resize: Returns the size that the model sees, given an image's; raises `SettingError` for impossible shapes.
             known: Images of earlier runs by file name; see `ImageSource.find`.
-            every_header: Read the headers of images whose size is known too.
+            every_header: Also read the headers of images whose size is known.
 
         Raises:
-            FileNotFoundError: The folder or the annotation file is not there.
-            InputError: What they hold cannot be used; the message names the entry.
-            SettingError: The settings name no image, or one that is not there.
+            FileNotFoundError: A folder or file that the settings name does not exist, or the folder has none of the
+                images.
+            InputError: The content of a file cannot be used; the message names the entry.
+            SettingError: The settings select no image, or one that does not exist.
             UnreadableImageError: There are failures, and `on_error` is `raise`.
         """
         records = source.find(known)
@@ -71,7 +72,7 @@ class Choice:
             source.check_folder(records)
         wanted = read_image_ids(self.image_ids) if isinstance(self.image_ids, str) else self.image_ids
         chosen = select(records, wanted, self.limit, self.shuffle_seed)
-        if self.exif == "apply":  # Annotations may state the size before or after turning.
+        if self.exif == "apply":  # Annotations may state the size before or after the image is turned.
             chosen = [with_known_size(record, known) for record in chosen]
         reader = HeaderReader(source, self.max_image_pixels, self.exif)
         measured, unreadable = measure(reader, chosen, every_header)
@@ -87,8 +88,8 @@ class Choice:
     def _warn(self, source: ImageSource, records: list[ImageRecord]) -> None:
         if isinstance(source, FolderImages) and source.images_left_out:
             warnings.warn(
-                f"{source.image_dir} has images whose extension is not read: {source.images_left_out}. "
-                "They are left out; convert them, or rename what is a JPEG.",
+                f"{source.image_dir} has images with unsupported extensions: {source.images_left_out}. "
+                "They are left out; convert them, or rename those that are JPEGs.",
                 DETRLightningWarning,
                 stacklevel=2,
             )
@@ -98,7 +99,7 @@ class Choice:
 
 
 def _misfit(resize: Callable[[Size], Size], record: ImageRecord) -> str | None:
-    """Return why the model cannot take an image of this shape, if it cannot."""
+    """Return the reason why the model does not accept an image of this shape, or None if it does."""
     try:
         resize(record.size)
     except SettingError as error:
@@ -107,15 +108,15 @@ def _misfit(resize: Callable[[Size], Size], record: ImageRecord) -> str | None:
 
 
 def turned_message(turned: int, total: int) -> str:
-    """Return how many images a viewer shows otherwise than they are read here."""
+    """Return the warning about images that viewers show turned, but that are read as stored."""
     return (
         f"{turned} of {count(total, 'image')} have an EXIF tag by which viewers turn them. They are read as stored, as "
-        "the official code does, so boxes drawn in a viewer do not fit. data.exif=apply turns them."
+        "in the official code, so boxes drawn in a viewer do not fit. data.exif=apply turns them."
     )
 
 
 def unreadable_image(source: ImageSource, file_name: str, reason: str) -> UnreadableImageError:
-    """Return the error that ends a run at an image that cannot be read."""
+    """Return the error that stops a run at an unreadable image."""
     place, skip = "", "on_error='skip'"
     if isinstance(source, FolderImages | COCOImages):
         place, skip = f" in {source.image_dir}", "data.on_error=skip"

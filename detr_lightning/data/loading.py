@@ -1,4 +1,4 @@
-"""Data workers: they read the images of a batch."""
+"""Data workers, which read the images of a batch."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from detr_lightning.system import SideThreads, available_cores
 
 Batch = list[ImageRecord]
 Details = dict[str, Any]
-"""Fields of an image's record in the output that are known once its file is read: see `ImageEntry`."""
+"""Fields of an image's record in the output that are known only once its file is read; see `ImageEntry`."""
 
 Reader = Callable[[ImageRecord, Size], tuple[Tensor, Details]]
-"""Reads an image at a size: `[3, height, width]`, and its details."""
+"""Returns an image's pixels at a size, `[3, height, width]`, and its details."""
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads images. It travels to the data workers.
+    """Reads images. It is sent to the data workers.
 
     Args:
-        source: Where the images come from.
-        backend: See `read_image`, also for the others.
-        max_pixels: Likewise.
-        exif: Likewise.
-        processor: Likewise.
+        source: The source of the images.
+        backend: See `read_image`.
+        max_pixels: See `read_image`.
+        exif: See `read_image`.
+        processor: See `read_image`.
         fingerprint: `content` adds the sha256 of the image's file to its details.
     """
 
@@ -59,7 +59,7 @@ class ImageReader:
         file: ImageFile = self.source.open(record)
         with file if isinstance(file, io.IOBase) else contextlib.nullcontext():
             if self.fingerprint == "content" and not isinstance(file, Image.Image):
-                content = read_content(file)  # The bytes that are hashed are those that are decoded.
+                content = read_content(file)  # Read once, so that the hashed bytes are the decoded ones.
                 details["image_sha256"] = hashlib.sha256(content).hexdigest()
                 file = io.BytesIO(content)
             pixels, orientation = read_image(
@@ -71,14 +71,14 @@ class ImageReader:
 
 
 SHARED_MEMORY = "/dev/shm"
-"""The file system of the memory in which data workers hand over pixels. Docker gives a container 64 MB of it."""
+"""The file system of the shared memory in which data workers pass pixels on. Docker limits it to 64 MB by default."""
 
 PREFETCHED_BATCHES = 2
-"""Batches of each data worker that may be waiting there, as `DataLoader` has it by default."""
+"""The batches of each data worker that may wait there, by default in `DataLoader`."""
 
 
 def free_shared_memory() -> int | None:
-    """Return the bytes of shared memory that are free, or None where there is no such limit."""
+    """Return the free shared memory in bytes, or None if there is no such limit."""
     try:
         return shutil.disk_usage(SHARED_MEMORY).free
     except OSError:
@@ -91,11 +91,11 @@ def data_workers(asked: int | None, device: str, ranks: int, batch_bytes: int) -
     Args:
         asked: The number that the user set, if any.
         device: The kind of device that the model runs on, such as `cpu`.
-        ranks: The ranks on this machine.
-        batch_bytes: The pixels of the largest batch.
+        ranks: The number of ranks on this machine.
+        batch_bytes: The size of the largest batch's pixels, in bytes.
 
     Raises:
-        SettingError: More were asked for than the shared memory has room for.
+        SettingError: The shared memory has no room for the number that was asked for.
     """
     if asked is None and device == "cpu":
         return 0
@@ -107,28 +107,28 @@ def data_workers(asked: int | None, device: str, ranks: int, batch_bytes: int) -
     room = free // max(1, each)
     if asked is not None and asked > room:
         raise SettingError(
-            f"data.num_workers is {asked}: they need up to {asked * each / 1e6:.0f} MB of shared memory, and "
+            f"data.num_workers is {asked}: they need up to {asked * each / 1e6:.0f} MB of shared memory, but "
             f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free. Use at most {room}, a smaller data.batch_size, or give "
-            "the container more: docker run --shm-size=2g."
+            "the container more shared memory: docker run --shm-size=2g."
         )
     return min(most, room)
 
 
 SECONDS_TO_ANSWER = 5
-"""The time that a data worker outlives a SIGTERM."""
+"""The time that a data worker keeps running after a SIGTERM."""
 
 
 class ImageBatches(Dataset[dict[str, Any]]):
-    """One rank's batches: an item is a whole batch, read from disk.
+    """One rank's batches: each item is a whole batch, read from disk.
 
     Args:
         batches: The images of each batch.
-        read: Returns an image's pixels at a size.
-        resize: The size of an image after resizing, from its size.
+        read: Returns an image's pixels at a size, and its details.
+        resize: Returns the size of an image after resizing, given its size.
         padded: Whether images of different sizes may share a batch.
 
     Attributes:
-        num_images: The images in all batches.
+        num_images: The number of images in all batches.
     """
 
     def __init__(self, batches: Sequence[Batch], read: Reader, resize: Callable[[Size], Size], padded: bool) -> None:
@@ -144,7 +144,7 @@ class ImageBatches(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         batch = self._batches[index]
         sizes = [self._resize(record.size) for record in batch]
-        # A data worker is one of several already. Without them the model waits, and leaves its cores free.
+        # Data workers already run in parallel. Without them, the model waits, and its cores are free.
         threads = 1 if get_worker_info() else torch.get_num_threads()
         with SideThreads(threads, "reader") as pool:
             read = list(zip(batch, pool.map(self._pixels, batch, sizes), sizes, strict=True))
@@ -153,12 +153,12 @@ class ImageBatches(Dataset[dict[str, Any]]):
         details = {record.image_id: found[1] for record, found, _ in read if not isinstance(found, str) and found[1]}
         collated = {**collate(items, self._padded, failed), "details": details}
         if get_worker_info() and isinstance(collated.get("pixels"), Tensor):
-            # An error here reaches the main process. Later, in the thread that sends the batch, it would be lost.
+            # An error here reaches the main process. In the thread that sends the batch later, it would be lost.
             collated["pixels"].share_memory_()
         return collated
 
     def _pixels(self, record: ImageRecord, size: Size) -> tuple[Tensor, Details] | str:
-        """Return an image's pixels and details, or the reason why there are none."""
+        """Return an image's pixels and details, or the reason why it cannot be read."""
         try:
             return self._read(record, size)
         except UnreadableImageError as error:
@@ -168,19 +168,19 @@ class ImageBatches(Dataset[dict[str, Any]]):
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """Ignore signals that are sent to a whole group, such as Ctrl-C: workers end when their parent does.
+    """Make a worker ignore signals that are sent to its whole process group, such as Ctrl-C: it ends with its parent.
 
-    A parent that itself ends while a batch iterator is still referenced sends SIGTERM and waits without a limit. A
-    worker cannot tell the two apart: it ends, but only when the parent has had the time to answer.
+    A parent that exits while a batch iterator is still referenced also sends SIGTERM, and waits without a time limit.
+    A worker cannot distinguish the two, so it ends, but only after the parent has had time to react.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_frame: signal.alarm(SECONDS_TO_ANSWER))
-    # Of the thread that hands pixels over, once the parent is gone. A worker's own errors travel to the parent.
+    # Silences the thread that passes pixels on once the parent is gone. A worker's own errors are sent to the parent.
     sys.excepthook = lambda *_error: None
 
 
 def image_loader(images: ImageBatches, workers: int, device: str) -> DataLoader[Any]:
-    """Return a loader of batches.
+    """Return a data loader for batches.
 
     Args:
         images: The batches of this rank.
@@ -189,13 +189,13 @@ def image_loader(images: ImageBatches, workers: int, device: str) -> DataLoader[
     """
     return DataLoader(
         images,
-        # The batches are this rank's already. Lightning leaves a DistributedSampler alone, and would replace any
-        # other by one that shares out the shares again.
+        # The batches are already those of this rank. Lightning would replace any sampler but a DistributedSampler by
+        # one that divides them among the ranks again.
         sampler=DistributedSampler(images, num_replicas=1, rank=0, shuffle=False),
         batch_size=1,
         collate_fn=_unwrap,
         num_workers=workers,
-        # Lance, where embeddings go into a table, does not survive a fork.
+        # Lance, which writes tables of embeddings, does not survive a fork.
         multiprocessing_context="spawn" if workers and "lance" in sys.modules else None,
         worker_init_fn=leave_signals_to_parent,
         pin_memory=device == "cuda",

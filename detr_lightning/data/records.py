@@ -8,7 +8,7 @@ Size = tuple[int, int]
 """Height and width."""
 
 Failure = tuple["ImageRecord", str]
-"""An image that cannot be used, and why."""
+"""An image that cannot be used, and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +16,11 @@ class ImageRecord:
     """An image before it is read.
 
     Attributes:
-        image_id: COCO's id, or the number that a folder's image was given.
-        file_name: Path relative to the image folder, with forward slashes.
-        width: Pixels from left to right; 0 where the file could not be read to find out.
-        height: Pixels from top to bottom; 0 in the same case.
-        orientation: The EXIF tag by which a viewer turns the image, 1 to 8; 1 also where the header was not read.
+        image_id: COCO's id, or the number assigned to an image of a folder.
+        file_name: The path relative to the image folder, with forward slashes.
+        width: The width in pixels; 0 if unknown, since the header was not read or is unreadable.
+        height: The height in pixels; 0 in the same case.
+        orientation: The EXIF orientation, 1 to 8; 1 also if the header was not read.
     """
 
     image_id: int

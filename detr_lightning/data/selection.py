@@ -1,4 +1,4 @@
-"""A subset of the images: by ids or file names, the first of them, or a random sample."""
+"""Selection of images: by ids or file names, the first ones, or a random sample."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def select(
     limit: int | None = None,
     shuffle_seed: int | None = None,
 ) -> list[ImageRecord]:
-    """Return a subset, by id.
+    """Return a subset of the images, by id.
 
     Args:
         records: All images.
-        image_ids: The ids or file names of the images to choose.
-        limit: How many of these to choose, the first by id.
-        shuffle_seed: Choose them at random instead, always the same with the same seed.
+        image_ids: The ids or file names of the images to select; all by default.
+        limit: Select only this many of them, the first by id.
+        shuffle_seed: Select those `limit` images at random instead; the same seed gives the same images.
 
     Raises:
-        SettingError: An id or name that no image has, none at all, or a limit below 1.
+        SettingError: No image has an id or name, `image_ids` is empty, `limit` is below 1, or a seed has no `limit`.
     """
     chosen = sorted(records, key=lambda record: record.image_id)
     if image_ids is not None:
@@ -38,17 +38,17 @@ def select(
         unknown_names = sorted(name for name in wanted - names if isinstance(name, str))
         if unknown_names:
             hint = did_you_mean(unknown_names[0], names)
-            raise SettingError(f"data.image_ids names {unknown_names[0]!r}, which is no image's file name.{hint}")
+            raise SettingError(f"data.image_ids names {unknown_names[0]!r}, but no image has that file name.{hint}")
         unknown = sorted(number for number in wanted.difference(ids) if isinstance(number, int))
         if unknown:
             raise SettingError(_unknown_ids(unknown, ids))
         chosen = [record for record in chosen if record.image_id in wanted or record.file_name in wanted]
     if limit is None:
         if shuffle_seed is not None:
-            raise SettingError("data.shuffle_seed chooses data.limit images at random: set data.limit too.")
+            raise SettingError("data.shuffle_seed selects data.limit images at random: set data.limit too.")
         return chosen
     if limit < 1:
-        raise SettingError(f"data.limit is {limit}; it must be at least 1, or null for all images.")
+        raise SettingError(f"data.limit is {limit}, but must be at least 1, or null for all images.")
     if shuffle_seed is not None:
         chosen = random.Random(shuffle_seed).sample(chosen, min(limit, len(chosen)))
         chosen.sort(key=lambda record: record.image_id)
@@ -59,19 +59,19 @@ def read_image_ids(source: str | os.PathLike[str]) -> list[int | str]:
     """Read ids or file names, one per line.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        InputError: It is no text.
+        FileNotFoundError: The file does not exist.
+        InputError: The file is not text.
     """
     path = Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"data.image_ids names {path}, which is no file. Give a list, or a file of one id a line."
+            f"data.image_ids names {path}, which is not a file. Give a list, or a file with one id per line."
         )
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise InputError(
-            f"data.image_ids: {path} is no text ({error}). It needs one id or file name per line."
+            f"data.image_ids: {path} is not text ({error}). It must list one id or file name per line."
         ) from error
     return [int(line) if line.isascii() and line.isdigit() else line for line in lines if line]
 

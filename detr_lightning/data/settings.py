@@ -1,4 +1,4 @@
-"""The settings of the images: which values are allowed, and which a model leaves open."""
+"""Checks of the image settings: the allowed values, and those that a model allows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings of `COCODataModule` that no model allows.
 
     Raises:
-        SettingError: One is not allowed, or contradicts another one.
+        SettingError: A setting is not allowed, or contradicts another one.
     """
     for name, allowed in _CHOICES.items():
         check_choice(f"data.{name}", settings[name], allowed)
@@ -38,35 +38,35 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 class ModelInput(Protocol):
-    """A model's knowledge of its input: a `Checkpoint`."""
+    """The part of a `Checkpoint` that describes the model's input."""
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The preprocessing of its training."""
+        """The preprocessing that the model was trained with."""
 
     @property
     def processor(self) -> Processor | None:
-        """Makes its input of an image, where this package does not make it itself."""
+        """Makes the model's input from an image; None if this package does."""
 
 
 def with_settings(
     preprocessing: Preprocessing, processor: Processor | None, settings: Mapping[str, Any]
 ) -> Preprocessing:
-    """Return a model's preprocessing with the sides that were set.
+    """Return a model's preprocessing with the sides that the user set.
 
     Args:
-        preprocessing: Of its training.
-        processor: Makes its input, where this package does not.
+        preprocessing: The preprocessing that the model was trained with.
+        processor: Makes the model's input; None if this package does.
         settings: `short_side`, `long_side`, `batching` and `image_backend` of `COCODataModule`.
 
     Raises:
-        SettingError: One is set that the model does not leave open, or the long side is less than the short side.
+        SettingError: The model does not allow a setting, or the long side is less than the short side.
     """
     given = {name: settings[name] for name in ("short_side", "long_side") if settings[name] is not None}
     if given and preprocessing.height is not None:
         raise SettingError(
-            f"data.{next(iter(given))} is set, but the model takes images of "
-            f"{preprocessing.height}x{preprocessing.width} pixels (height x width) alone. Leave it null."
+            f"data.{next(iter(given))} is set, but the model only takes images of "
+            f"{preprocessing.height}x{preprocessing.width} pixels (height x width). Leave it null."
         )
     if processor is not None and settings["batching"] == "padded":
         raise SettingError("data.batching padded works only with DETR. Leave it out.")

@@ -1,4 +1,4 @@
-"""Sources of images. They list names and ids; sizes are read from headers only where nothing states them."""
+"""Sources of images. They list names and ids; sizes are read from headers only if they are not known."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from detr_lightning.errors import InputError, SettingError, SettingTypeError, Un
 
 
 class Known(Protocol):
-    """An image as an earlier run recorded it, with `width` and `height` where it could be read."""
+    """An image as an earlier run recorded it, with `width` and `height` if it could be read."""
 
     @property
     def image_id(self) -> int:
-        """Its id."""
+        """The image's id."""
 
 
 NONE_KNOWN: Mapping[str, Known] = {}
 
 
 class ImageSource(Protocol):
-    """A set of images. It travels to the data workers."""
+    """A set of images. It is sent to the data workers."""
 
     categories: dict[int, str]
 
     def find(self, known: Mapping[str, Known]) -> list[ImageRecord]:
-        """Return all images by id; a width of 0 where only the header states it.
+        """Return all images by id. An image whose size is only in its header has a width of 0.
 
         Args:
-            known: Images of earlier runs by file name: a source that numbers its images keeps their ids, and one that
-                would have to read their headers takes their sizes.
+            known: Images of earlier runs by file name. A source that numbers its images keeps their ids, and one that
+                would have to read their headers uses their sizes.
         """
 
     def open(self, record: ImageRecord) -> ImageFile:
         """Open an image.
 
         Raises:
-            FileNotFoundError: It is not there.
-            UnreadableImageError: It cannot be opened.
+            FileNotFoundError: The image does not exist.
+            UnreadableImageError: The image cannot be opened.
         """
 
 
@@ -70,11 +70,11 @@ class COCOImages:
         self._content: COCOFile | None = None
 
     def find(self, known: Mapping[str, Known] = NONE_KNOWN) -> list[ImageRecord]:
-        """Return all images by id; sizes are the file's.
+        """Return all images by id, with the sizes in the annotation file.
 
         Raises:
-            FileNotFoundError: The folder or the file is not there.
-            InputError: The file is not COCO's, an entry is unusable, or an id occurs twice.
+            FileNotFoundError: The folder or the file does not exist.
+            InputError: The file is not in COCO's format, an entry cannot be used, or an id occurs twice.
         """
         image_folder(self.image_dir)
         content = self._content or read_coco_file(self.annotation_file)
@@ -84,31 +84,32 @@ class COCOImages:
         return sorted(content.images, key=lambda record: record.image_id)
 
     def check_folder(self, records: Sequence[ImageRecord]) -> None:
-        """Refuse a folder that is another one than the annotations'.
+        """Refuse a folder that is not the one of the annotations.
 
         Raises:
-            FileNotFoundError: None of the images exists there.
+            FileNotFoundError: The folder has none of the images.
         """
         if not any(os.path.isfile(find_file(self.image_dir, record.file_name)) for record in records):
             raise FileNotFoundError(
-                f"none of the {len(records)} images of {self.annotation_file} is in {self.image_dir}: "
-                f"no {records[0].file_name!r}. Set data.image_dir to the folder that their names are relative to."
+                f"none of the {len(records)} images of {self.annotation_file} is in {self.image_dir}, such as "
+                f"{records[0].file_name!r}. Set data.image_dir to the folder that their names are relative to."
             )
 
     def read_annotations(self) -> None:
-        """Read the annotations too, before `find`.
+        """Read the annotations as well. Called before `find`, so that the file is read once.
 
         Raises:
-            FileNotFoundError: The file is not there.
-            InputError: It is not COCO's, or an entry is unusable.
+            FileNotFoundError: The file does not exist.
+            InputError: The file is not in COCO's format, or an entry cannot be used.
         """
         self._content = self._content or read_coco_file(self.annotation_file, "boxes")
 
     def ground_truth(self, image_ids: Iterable[int]) -> dict[str, Any]:
-        """Return the annotations of these images as a COCO dataset; all others are forgotten.
+        """Return the annotations of these images as a COCO dataset, and discard all others.
 
         Raises:
-            InputError: None of the images has an annotation.
+            FileNotFoundError: The file does not exist.
+            InputError: The file is not in COCO's format, an entry cannot be used, or no image has an annotation.
         """
         self.read_annotations()
         assert self._content is not None
@@ -124,14 +125,14 @@ Listed: TypeAlias = "str | os.PathLike[str] | Image.Image"
 
 
 class ListedImages:
-    """Images that lie anywhere, or in memory alone, numbered from 1.
+    """Images in any folders or in memory, numbered from 1.
 
     Args:
         images: Paths and PIL images.
 
     Raises:
-        SettingTypeError: One of them is neither.
-        SettingError: There is none.
+        SettingTypeError: One of them is neither a path nor a PIL image.
+        SettingError: The list is empty.
     """
 
     def __init__(self, images: Sequence[Listed]) -> None:
@@ -141,27 +142,27 @@ class ListedImages:
             if not isinstance(image, str | os.PathLike | Image.Image):
                 raise SettingTypeError(
                     f"images: number {number} is of type {type(image).__name__}, but must be a path or a PIL image. "
-                    "PIL.Image.fromarray makes one of an array."
+                    "PIL.Image.fromarray converts an array."
                 )
         self.images = [image if isinstance(image, Image.Image) else Path(image).expanduser() for image in images]
         self.categories: dict[int, str] = {}
 
     def find(self, known: Mapping[str, Known] = NONE_KNOWN) -> list[ImageRecord]:
-        """Return all images by id. The name of one in memory tells it apart when a folder is resumed.
+        """Return all images by id. An image in memory is named after its content, to recognize it in a resumed run.
 
         Raises:
-            FileNotFoundError: One of them is no file.
+            FileNotFoundError: One of the paths is not a file.
         """
         records = []
         for number, image in enumerate(self.images, start=1):
             if isinstance(image, Path):
                 if not image.is_file():
-                    raise FileNotFoundError(f"images: number {number}, {image}, is no file.")
+                    raise FileNotFoundError(f"images: number {number}, {image}, is not a file.")
                 records.append(unsized(number, str(image), known))
                 continue
             try:
                 digest = f" ({hashlib.sha256(rgb(image).tobytes()).hexdigest()[:16]})"
-            except (OSError, UnreadableImageError):  # Found again, and named, when its pixels are read.
+            except (OSError, UnreadableImageError):  # Reported when its pixels are read.
                 digest = ""
             records.append(ImageRecord(number, f"image {number}{digest}", 0, 0))
         return records
@@ -172,7 +173,7 @@ class ListedImages:
 
 
 def unsized(image_id: int, file_name: str, known: Mapping[str, Known]) -> ImageRecord:
-    """Return an image whose size only its header states, with the size that an earlier run recorded, or 0."""
+    """Return an image with the size that an earlier run recorded, or 0: only its header has the size."""
     return with_known_size(ImageRecord(image_id, file_name, 0, 0), known)
 
 

@@ -1,1 +1,1 @@
-"""The format on disk: schema, files, the state of an unfinished run."""
+"""The on-disk format: schema, files and the state of an unfinished run."""

@@ -1,7 +1,7 @@
-"""The zip directory of a `.pt` file: whether a file is whole, and whether it is laid out like another one.
+"""The zip directory of a `.pt` file, which shows whether the file is whole, and laid out like another one.
 
-A `.pt` file is a zip archive, uncompressed, with its directory at the end. Files with the same tensors have the same
-directory, up to the checksums in it: so it is parsed once for each kind of file, and compared byte by byte otherwise.
+A `.pt` file is an uncompressed zip archive with its directory at the end. Files with the same tensors have the same
+directory except for its checksums, so it is parsed once for each kind of file, and only compared for all others.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _ENTRY_BYTES = 46
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """The zip directory of files of one size, without the checksums in it.
+    """The zip directory of files of one size, without its checksums.
 
     Attributes:
-        start: Where in a file it begins; it ends with the file.
-        content: Its bytes, with zeros for checksums.
-        checksums: The places of the checksums, counted from `start`.
+        start: The offset at which it begins; it ends at the end of the file.
+        content: Its bytes, with zeros in place of the checksums.
+        checksums: The offsets of the checksums, relative to `start`.
     """
 
     start: int
@@ -49,18 +49,18 @@ def read_directory(file: BinaryIO) -> tuple[Directory, list[zipfile.ZipInfo]]:
     """Parse a file's zip directory.
 
     Raises:
-        InputError: A part of the archive is compressed or larger than the file: torch writes none such, and
-            unpacking it could fill the memory.
-        Exception: Of nearly any type, where there is no zip directory.
+        InputError: A part of the archive is compressed, or the parts are larger than the file. torch writes no such
+            file, and unpacking one could fill the memory.
+        Exception: There is no valid zip directory; zipfile raises nearly any type of error.
     """
     with zipfile.ZipFile(file) as archive:
         infos, start = archive.infolist(), archive.start_dir
     size = file.seek(0, os.SEEK_END)
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise InputError(f"{info.filename} in it is compressed")
+            raise InputError(f"its part {info.filename} is compressed")
     if sum(info.file_size for info in infos) > size:
-        raise InputError("its parts are larger than itself")
+        raise InputError("its parts are larger than the file")
     file.seek(start)
     content = bytearray(file.read())
     checksums, place = [], 0
@@ -79,14 +79,14 @@ class WholeFiles:
         self._known: defaultdict[int, list[Directory]] = defaultdict(list)
 
     def among(self, folder: Path, entries: Iterable[tuple[int, ImageEntry]]) -> dict[int, ImageEntry]:
-        """Return those entries, by image id, whose file in a folder is whole."""
-        # A Path for each would cost as much as the look at the file.
+        """Return the entries, by image id, whose files in a folder are whole."""
+        # A Path for each would cost as much as checking the file.
         return {id_: entry for id_, entry in entries if self.is_whole(f"{folder}/{file_name(id_)}", entry.bytes)}
 
     def is_whole(self, path: Path | str, size: int | None) -> bool:
-        """Return whether a file has the size recorded for it and its zip directory reads; contents are not read.
+        """Return whether a file has the recorded size and a valid zip directory. The tensors are not read.
 
-        A link is not whole, whatever it leads to.
+        A link does not count as whole, wherever it leads.
         """
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

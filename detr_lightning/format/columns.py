@@ -1,8 +1,8 @@
-"""The columns of a table: images to rows and back.
+"""The columns of a table, and the conversion of images to rows and back.
 
 A row is one image. Each key is a column, nested by axis: `query_embeddings` `[100, 256]` is a fixed-size list of 100
 fixed-size lists of 256 numbers. An axis whose length differs between images is a list, and so is every axis outside it:
-Lance has no fixed-size list of lists.
+Lance has no fixed-size lists of lists.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from detr_lightning.format.object_store import pa
 from detr_lightning.format.schema import RunRecord
 
 RECORD = b"detr_lightning"
-"""The key of the dataset's schema metadata that holds the record of the run which made it, as JSON."""
+"""The key of the run's record in the metadata of the dataset's schema, where it is stored as JSON."""
 
 Row = tuple[ImageEntry | SkippedImage, Mapping[str, Tensor]]
-"""An image's entry and its tensors; none where it was skipped."""
+"""An image's entry and its tensors; no tensors if the image was skipped."""
 
 _PAIR = pa.list_(pa.int32(), 2)
 FIELDS = {
@@ -42,14 +42,14 @@ FIELDS = {
     "orientation": pa.int32(),
     "error": pa.string(),
 }
-"""The columns that describe an image. They stand before those of the keys."""
+"""The columns that describe an image. They come before those of the keys."""
 
 
 def table_schema(record: RunRecord, features: FeatureSizes) -> pa.Schema:
-    """Return the columns of a run's table.
+    """Return the schema of a run's table.
 
     Args:
-        record: The run; its keys, dtype and model decide the columns, and the schema's metadata holds it.
+        record: The run. Its keys, dtype and model determine the columns, and the schema's metadata stores it.
         features: The feature maps of one image.
     """
     settings = record.settings
@@ -70,7 +70,7 @@ def table_schema(record: RunRecord, features: FeatureSizes) -> pa.Schema:
 
 
 def to_batch(schema: pa.Schema, rows: Sequence[Row]) -> pa.RecordBatch:
-    """Return rows of a table, in their order. A skipped image has its reason as `error`, and no tensors."""
+    """Convert rows to a batch of a table, in the same order. A skipped image has the reason as `error`, no tensors."""
     described = [_described(entry) for entry, _ in rows]
     columns = [
         pa.array([row.get(field.name) for row in described], field.type)
@@ -82,14 +82,14 @@ def to_batch(schema: pa.Schema, rows: Sequence[Row]) -> pa.RecordBatch:
 
 
 def to_tensors(column: pa.ChunkedArray, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return the values of rows, none of them null, as tensors of these shapes, each with memory of its own."""
+    """Convert a column without nulls to one tensor per row, of the given shapes, each in its own memory."""
     values = torch.from_numpy(np.concatenate([_values(chunk) for chunk in column.chunks]))
     sizes = [torch.Size(shape).numel() for shape in shapes]
     return [part.view(*shape).clone() for part, shape in zip(values.split(sizes), shapes, strict=True)]
 
 
 def to_entries(rows: pa.Table | pa.RecordBatch) -> Iterator[ImageEntry | SkippedImage]:
-    """Yield the entry of each row that was read without its tensors: by columns, which is faster than by rows."""
+    """Yield the entry of each row. Values are converted column by column, which is faster than row by row."""
     names = rows.schema.names
     columns = [rows[name].to_pylist() if name in names else itertools.repeat(None) for name in FIELDS]
     for row in zip(*columns, strict=False):
@@ -118,15 +118,15 @@ def _described(entry: ImageEntry | SkippedImage) -> dict[str, Any]:
 
 
 def _nested(tensors: Sequence[Tensor | None], kind: pa.DataType) -> pa.Array:
-    """Return a column of a key: the images' values, one after the other, in lists of lists."""
-    lengths = []  # of each axis: a number where it is fixed, else None
+    """Return the column of a key: the images' values, one after the other, as nested lists."""
+    lengths = []  # per axis: its length if that is fixed, else None
     inner = kind
     while pa.types.is_list(inner) or pa.types.is_fixed_size_list(inner):
         lengths.append(inner.list_size if pa.types.is_fixed_size_list(inner) else None)
         inner = inner.value_type
     missing = pa.array([tensor is None for tensor in tensors])
-    nothing = np.zeros([length or 0 for length in lengths], inner.to_pandas_dtype())
-    arrays = [nothing if tensor is None else tensor.numpy() for tensor in tensors]
+    empty = np.zeros([length or 0 for length in lengths], inner.to_pandas_dtype())
+    arrays = [empty if tensor is None else tensor.numpy() for tensor in tensors]
     column = pa.array(np.concatenate([array.reshape(-1) for array in arrays]))
     for axis in range(len(lengths) - 1, -1, -1):
         mask = missing if axis == 0 else None

@@ -1,4 +1,4 @@
-"""The records of single images, in `metadata.json` and in the journals."""
+"""The records of individual images, as `metadata.json` and the journals store them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from detr_lightning.format.names import MAX_ID
 
 @dataclass(frozen=True, slots=True)
 class ImageEntry:
-    """The record of one image: planned, or, with `features` and `bytes`, finished.
+    """The record of one image: planned, or finished if `features` and `bytes` are set.
 
     Attributes:
-        image_id: Its id.
-        file_name: Its path relative to the image folder.
-        width: Its width in pixels.
-        height: Its height in pixels.
-        input_size: The size in which the model saw it.
-        features: The sizes of its feature maps.
-        bytes: The size of its `.pt` file.
-        checksum: The first 16 hex digits of the sha256 of its `.pt` file as written.
-        num_queries: The queries that were kept, where `writer.min_score` was set.
-        image_sha256: The sha256 of the image's own file, where `data.fingerprint` was `content`.
-        orientation: The EXIF tag by which a viewer turns the image, 2 to 8; None where it does not.
+        image_id: The image's id.
+        file_name: The path of the image's file, relative to the image folder.
+        width: The image's width in pixels.
+        height: The image's height in pixels.
+        input_size: The size at which the model sees the image.
+        features: The sizes of the image's feature maps.
+        bytes: The size of the `.pt` file in bytes.
+        checksum: The first 16 hex digits of the sha256 of the `.pt` file as written.
+        num_queries: The number of queries that were kept, if `writer.min_score` was set.
+        image_sha256: The sha256 of the image's own file, if `data.fingerprint` was `content`.
+        orientation: The EXIF orientation, 2 to 8; None if viewers show the image as it is stored.
     """
 
     image_id: int
@@ -53,7 +53,7 @@ class ImageEntry:
         return self.features is not None and self.bytes is not None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of `metadata.json` and the journals."""
+        """Return the JSON object that `metadata.json` and the journals store."""
         content: dict[str, Any] = {
             "id": self.image_id,
             "file_name": self.file_name,
@@ -76,10 +76,10 @@ class ImageEntry:
 
     @classmethod
     def from_json(cls, content: Any) -> ImageEntry:
-        """Return the entry that `to_json` gave.
+        """Return the entry that `to_json` wrote.
 
         Raises:
-            InputError: A field is missing or not of its type; the message names it.
+            InputError: A field is missing or has the wrong type; the message names it.
         """
         _require_object(content)
         features = None
@@ -105,22 +105,22 @@ class ImageEntry:
 
 @dataclass(frozen=True, slots=True)
 class SkippedImage:
-    """The record of an image that could not be read, and why."""
+    """The record of an image that could not be read, with the reason."""
 
     image_id: int
     file_name: str
     reason: str
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of `metadata.json` and the journals."""
+        """Return the JSON object that `metadata.json` and the journals store."""
         return {"id": self.image_id, "file_name": self.file_name, "reason": self.reason}
 
     @classmethod
     def from_json(cls, content: Any) -> SkippedImage:
-        """Return the entry that `to_json` gave.
+        """Return the entry that `to_json` wrote.
 
         Raises:
-            InputError: A field is missing or not of its type; the message names it.
+            InputError: A field is missing or has the wrong type; the message names it.
         """
         _require_object(content)
         return cls(_id(content), get_field(content, "file_name", str), get_field(content, "reason", str))
@@ -130,7 +130,7 @@ def get_field(content: Mapping[str, Any], name: str, kind: type, *, optional: bo
     """Return a field of a JSON object.
 
     Raises:
-        InputError: It is missing, or not of this type; the message names it.
+        InputError: The field is missing or has another type; the message names it.
     """
     value = content.get(name)
     if value is None and optional:
@@ -146,19 +146,19 @@ def get_field(content: Mapping[str, Any], name: str, kind: type, *, optional: bo
 
 def _require_object(content: Any) -> None:
     if not isinstance(content, dict):
-        raise InputError(f"an image's entry is {content!r:.40}, no object")
+        raise InputError(f"an image's entry is {content!r:.40}, not an object")
 
 
 @lru_cache(maxsize=4096)
 def shared_features(levels: tuple[Size, ...], backbone: Size) -> FeatureSizes:
-    """Return the sizes of feature maps, one object for all that are equal: a million images have a few hundred."""
+    """Return the sizes of feature maps. Equal ones share an object: a million images have only a few hundred."""
     return FeatureSizes(levels, backbone)
 
 
 def _id(content: Mapping[str, Any]) -> int:
     image_id = content.get("id")
     if type(image_id) is not int or not 0 <= image_id <= MAX_ID:
-        raise InputError(f"id is {image_id!r:.40}, no image id")
+        raise InputError(f"id is {image_id!r:.40}, not an image id")
     return image_id
 
 
@@ -173,11 +173,11 @@ def _sizes(content: Mapping[str, Any], name: str) -> Iterator[Size]:
 
 def _as_size(size: Any, name: str) -> Size:
     if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int or side < 0 for side in size):
-        raise InputError(f"{name} is {size!r:.40}, no height and width")
+        raise InputError(f"{name} is {size!r:.40}, not a height and width")
     return shared_size(size[0], size[1])
 
 
 @lru_cache(maxsize=4096)
 def shared_size(height: int, width: int) -> Size:
-    """Return a size, one object for all that are equal."""
+    """Return a size. Equal sizes share an object."""
     return height, width

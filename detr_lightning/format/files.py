@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writes files atomically: whole or not at all."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Saved(NamedTuple):
-    """A file that was written."""
+    """The size and the checksum of a file that was written."""
 
     bytes: int
     checksum: str
 
 
 def save_tensors(folder: Path, image_id: int, tensors: Mapping[str, Tensor]) -> Saved:
-    """Write one image's tensors, so that its file appears whole or not at all, and survives a crash of the machine.
+    """Write one image's tensors atomically, to a file whose content survives a crash of the machine.
 
-    The name itself survives a crash once `fsync_folder` was called, which may be done for many files at once.
+    The file's name survives a crash once `fsync_folder` has been called; one call is enough for many files.
 
     Args:
         folder: An existing folder.
-        image_id: The image; an existing file of it is replaced.
-        tensors: On any device, views included; each is stored contiguous, on the CPU and alone in its storage.
+        image_id: The image; its file is replaced if it exists.
+        tensors: Tensors on any device, views included. Each is saved contiguous, on the CPU and in its own storage.
 
     Returns:
         The file's size in bytes, and its checksum.
 
     Raises:
-        OSError: The file cannot be written; a full disk names the path, the bytes needed and the bytes free.
+        OSError: The file cannot be written; see `replacing`.
     """
     path = Path(folder) / file_name(image_id)
     storages: set[int] = set()
     owned = {key: _own(tensor, storages) for key, tensor in tensors.items()}
-    # In memory first: writing to the disk itself, torch hides the error of a full disk behind one of its own.
+    # To memory first: when torch itself writes to a full disk, it hides the system's error behind one of its own.
     data = io.BytesIO()
     torch.save(owned, data)
     with replacing(path, data.tell()) as file:
@@ -61,11 +61,11 @@ def checksum_of(data: bytes | memoryview) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, checksum: bool = False) -> None:
-    """Write `to_json_bytes` as `save_tensors` writes tensors. An existing file is replaced.
+    """Write a JSON object, formatted by `to_json_bytes`, as `save_tensors` writes tensors. Replaces an existing file.
 
     Raises:
-        OSError: As for `save_tensors`.
-        ValueError: A number that JSON does not know (NaN, infinity).
+        OSError: The file cannot be written; see `replacing`.
+        ValueError: A number is NaN or infinite, which JSON does not support.
     """
     data = to_json_bytes(content, checksum=checksum)
     with replacing(path, len(data)) as file:
@@ -73,14 +73,14 @@ def write_json(path: Path, content: Mapping[str, Any], *, checksum: bool = False
 
 
 def to_json_bytes(content: Mapping[str, Any], *, checksum: bool = False) -> bytes:
-    """Return a JSON object that people can read: a line for each key, and for each object of a list.
+    """Format a JSON object for people to read: one line per key, and one per object of a list.
 
     Args:
         content: The object.
-        checksum: End it with a `checksum` of all before, which `json_is_unchanged` checks.
+        checksum: End it with a `checksum` of everything before, which `json_is_unchanged` checks.
 
     Raises:
-        ValueError: A number that JSON does not know (NaN, infinity).
+        ValueError: A number is NaN or infinite, which JSON does not support.
     """
     text = ",\n".join(f"  {json.dumps(key)}: {_json_value(value)}" for key, value in content.items())
     data = f"{{\n{text}".encode()
@@ -90,7 +90,7 @@ def to_json_bytes(content: Mapping[str, Any], *, checksum: bool = False) -> byte
 
 
 def json_is_unchanged(data: bytes) -> bool:
-    """Return whether a JSON file still has the `checksum` that it ended with."""
+    """Return whether a JSON file still matches the `checksum` at its end."""
     end = data.rfind(_JSON_CHECKSUM)
     return end >= 0 and data[end:] == _JSON_CHECKSUM + f'"{checksum_of(data[:end])}"\n}}\n'.encode()
 
@@ -122,17 +122,18 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
-    """Open a new file that takes the place of `path` when the block ends, and leaves no trace when it fails.
+    """Open a temporary file that replaces `path` when the block ends, and is removed if the block fails.
 
     Args:
         path: The file to write, in an existing folder.
-        needed: About its size in bytes, for the message when the disk is full.
+        needed: Its approximate size in bytes, for the message if the disk is full.
 
     Yields:
-        The file to write to. Its modes follow the umask.
+        The file to write to. Its permissions follow the umask.
 
     Raises:
-        OSError: As the system says; for a full disk, a quota or a size limit with the bytes needed and free.
+        OSError: The file cannot be written. For a full disk, a quota or a size limit, the message names the path, the
+            bytes needed and the bytes free.
     """
     path = Path(path)
     stem = path.stem.removeprefix("embedding_")[:100]
@@ -146,17 +147,17 @@ def replacing(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in _FULL:
-            raise OSError(error.errno, _full(path, needed, error.errno)) from error
+            raise OSError(error.errno, _full_disk_message(path, needed, error.errno)) from error
         raise
 
 
-def _full(path: Path, needed: int, number: int) -> str:
-    """Return the message for a file that does not fit: for lack of bytes, of inodes, or because of a limit."""
+def _full_disk_message(path: Path, needed: int, number: int) -> str:
+    """Return the message for a file that does not fit: no space, no inodes, or a quota or size limit."""
     disk = os.statvfs(path.parent)
     if number == errno.ENOSPC and disk.f_files and not disk.f_favail:
         return (
-            f"{os.strerror(number)}: {path} cannot be created, for its file system has no inodes left: it holds "
-            "as many files as it can. Delete some, or choose an output_dir elsewhere, then run the same command again."
+            f"{os.strerror(number)}: {path} cannot be created: its file system has no inodes left, that is, no room "
+            "for more files. Delete some, or choose an output_dir elsewhere, then run the same command again."
         )
     return (
         f"{os.strerror(number)}: {path} needs about {needed} bytes and the disk has "
@@ -165,7 +166,7 @@ def _full(path: Path, needed: int, number: int) -> str:
 
 
 def _own(tensor: Tensor, storages: set[int]) -> Tensor:
-    """Return the tensor on the CPU, plain, and in a storage that no other tensor uses; copied only where it is not."""
+    """Return the tensor on the CPU, plain and in a storage that no other tensor uses; copied only if needed."""
     tensor = tensor.detach().cpu()
     if not is_plain(tensor) or tensor.data_ptr() in storages:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
@@ -174,7 +175,7 @@ def _own(tensor: Tensor, storages: set[int]) -> Tensor:
 
 
 def _json_value(value: Any) -> str:
-    """Return JSON that people can read and that the fast encoder wrote: `indent` alone is slow for a million images."""
+    """Format a value for people to read, but with the fast encoder: `indent` is slow for a million images."""
     encode = json.JSONEncoder(allow_nan=False).encode
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return "[\n    " + ",\n    ".join(map(encode, value)) + "\n  ]"

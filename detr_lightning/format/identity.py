@@ -1,6 +1,6 @@
 """The identity of a run: the model and the settings that two runs must share for their files to belong together.
 
-A field that older metadata lacks counts as the value that was then in force: each default below is that value.
+Each default below is the value that was in force before the metadata recorded that field.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from detr_lightning.format.keys import ModelShape
 _WEIGHTS = "weights (sha256)"
 
 PREPROCESSING_BEFORE = {"exif": "ignore"}
-"""Settings of the preprocessing that older metadata lacks, with the values that were then in force."""
+"""Preprocessing settings that older metadata lacks, with the values that were then in force."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +25,12 @@ class ModelRecord:
     """The record of the model.
 
     Attributes:
-        weights: The weights' name.
-        sha256: Of the weights; empty in a plan that is made without them.
-        architecture: The sizes of the network, those of `ModelShape` among them.
-        family: Which kind of detector it is, such as `detr` or `rt_detr_v2`.
+        weights: The name of the weights.
+        sha256: The sha256 of the weights; empty in a plan that is made without them.
+        architecture: The sizes of the network, including those of `ModelShape`.
+        family: The kind of detector, such as `detr` or `rt_detr_v2`.
         scoring: `softmax`, where the last logit is "no object", or `sigmoid`, where every logit is a category.
-        category_ids: The COCO category id of each logit; None where the labels are not COCO's.
+        category_ids: The COCO category id of each logit; None if the labels are not COCO's.
     """
 
     weights: str
@@ -42,7 +42,7 @@ class ModelRecord:
 
     @property
     def shape(self) -> ModelShape:
-        """The sizes that shapes depend on.
+        """The sizes that the shapes of the tensors depend on.
 
         Raises:
             InputError: The architecture lacks one.
@@ -56,17 +56,17 @@ class ModelRecord:
 
     @classmethod
     def from_json(cls, content: Any) -> ModelRecord:
-        """Return the record that `to_json` gave.
+        """Return the record that `to_json` wrote.
 
         Raises:
-            InputError: A field is missing or not of its type; the message names it.
+            InputError: A field is missing or has the wrong type; the message names it.
         """
         if not isinstance(content, dict) or not isinstance(content.get("architecture"), dict):
-            raise InputError("model.architecture is incomplete (it is no object)")
+            raise InputError("model.architecture is incomplete (it is not an object)")
         architecture = content["architecture"]
         ids = content.get("category_ids")
         if "category_ids" not in content and type(logits := architecture.get("num_logits")) is int:
-            ids = range(logits - 1)  # Each logit but the last was the category of that id.
+            ids = range(logits - 1)  # Then each logit but the last had its index as category id.
         return cls(
             weights=get_field(content, "weights", str, within="model."),
             sha256=get_field(content, "sha256", str, within="model."),
@@ -85,9 +85,9 @@ class RunSettings:
         model: The model.
         keys: The keys of each file, in the file's order.
         dtype: `writer.dtype`.
-        preprocessing: The settings of the way from an image to the model's input.
-        batching: How images share batches, as far as results depend on it.
-        precision: Lightning's precision, and TF32 where it was allowed.
+        preprocessing: The settings by which an image becomes the model's input.
+        batching: How images are batched, with the batch size if results depend on it.
+        precision: Lightning's precision, and TF32 if it was allowed.
         min_score: `writer.min_score`.
     """
 
@@ -100,9 +100,9 @@ class RunSettings:
     min_score: float | None = None
 
     def differences(self, earlier: RunSettings) -> list[str]:
-        """Return the settings in which an earlier run differs, under the names that users know.
+        """Describe the settings that differ from an earlier run's, under the names that users know.
 
-        Unknown weights are not compared.
+        The weights are compared only if their hash is known.
         """
         then, now = earlier._named(), self._named()
         if not self.model.sha256:
@@ -115,7 +115,7 @@ class RunSettings:
         """Return the settings in the content of a `metadata.json` or `run.json`.
 
         Raises:
-            InputError: A field is missing or not of its type; the message names it.
+            InputError: A field is missing or has the wrong type; the message names it.
         """
         return cls(
             model=ModelRecord.from_json(get_field(content, "model", dict)),
@@ -140,5 +140,5 @@ class RunSettings:
             "data.batching": self.batching,
             "trainer.precision": self.precision,
         }
-        plain: dict[str, Any] = json.loads(json.dumps(named))  # A tuple here is a list there.
+        plain: dict[str, Any] = json.loads(json.dumps(named))  # Tuples become lists, as in the files.
         return plain

@@ -1,4 +1,4 @@
-"""The images' entries in a `metadata.json`, one per line, each parsed when it is asked for."""
+"""The images' entries in a `metadata.json`, one per line, each parsed when it is needed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from detr_lightning.errors import InputError
 
 
 class ImageLines:
-    """The entries of the images in a file that this program wrote: a line each.
+    """The images' entries in a file that this program wrote, one per line.
 
     Attributes:
-        begin: Where their lines begin in the file.
-        end: Where the last one ends.
-        count: Their number.
+        begin: The offset at which the entries begin.
+        end: The offset at which they end.
+        count: The number of entries.
     """
 
     _BEFORE = b'\n  "images": ['
@@ -31,7 +31,7 @@ class ImageLines:
 
     @classmethod
     def of(cls, data: bytes) -> ImageLines | None:
-        """Return the lines of a file, or None where it has another form. No string in JSON holds a line's end."""
+        """Return the lines of a file, or None if it is formatted otherwise. JSON strings contain no line breaks."""
         begin = data.find(cls._BEFORE)
         end = data.find(cls._AFTER, begin)
         if not data.startswith(b'{\n  "image_ids": [') or begin < 0 or end < 0:

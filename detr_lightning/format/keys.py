@@ -1,4 +1,4 @@
-"""The keys of a `.pt` file: which an extract type has, their shapes, dtypes and bytes."""
+"""The keys of a `.pt` file: those of each extract type, their shapes, dtypes and sizes in bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXTRACT_TYPES: dict[str, tuple[str, ...]] = {
     "encoder": ("encoder_output", "pred_logits", "pred_boxes"),
     "backbone": ("backbone_features", "pred_logits", "pred_boxes"),
 }
-"""The keys of each extract type, in the order in which a file holds them."""
+"""The keys of each extract type, in the order of the files."""
 
 ON_REQUEST = ("cross_attention", "encoder_layers")
 """Keys that no extract type includes; they are computed only when `model.keys` names them."""
@@ -31,7 +31,7 @@ ON_REQUEST = ("cross_attention", "encoder_layers")
 KEYS = EXTRACT_TYPES["all"] + ON_REQUEST
 
 QUERY_INDEX = "query_index"
-"""The numbers of the queries that a file keeps. `writer.min_score` adds it; it cannot be asked for by name."""
+"""The key for the numbers of the queries that a file keeps. Only `writer.min_score` adds it, not `model.keys`."""
 
 PREDICTIONS = ("pred_logits", "pred_boxes")
 """Keys that stay float32 whatever `writer.dtype` is: half precision would move a box by up to half a pixel."""
@@ -56,7 +56,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 """The values of `writer.dtype`."""
 
 RESNET_CHANNELS = {"basic": 512, "bottleneck": 2048}
-"""The channels of a ResNet's last feature map, by the kind of its blocks."""
+"""The channels of a ResNet's last feature map, by type of block."""
 
 Size = tuple[int, int]
 """Height and width."""
@@ -66,7 +66,7 @@ def resolve_keys(extract_type: str = "decoder", keys: Sequence[str] | None = Non
     """Return the keys to extract: the explicit ones in their order, else those of the extract type.
 
     Raises:
-        SettingError: An unknown extract type or key, a key named twice, no list, or an empty one.
+        SettingError: The extract type or a key is unknown, a key occurs twice, or `keys` is empty or not a list.
     """
     check_choice("extract_type", extract_type, EXTRACT_TYPES)
     if keys is None:
@@ -92,7 +92,7 @@ class ModelShape:
         encoder_layers: The number of encoder layers.
         decoder_layers: The number of decoder layers.
         num_queries: The number of object queries.
-        num_logits: The number of class logits, with "no object" where the model has it.
+        num_logits: The number of class logits, including "no object" if the model has it.
     """
 
     feature_channels: int
@@ -104,10 +104,10 @@ class ModelShape:
 
     @classmethod
     def of_architecture(cls, architecture: Mapping[str, Any]) -> ModelShape:
-        """Return the sizes in a recorded architecture. DETR records its ResNet's blocks instead of the channels.
+        """Return the sizes in a recorded architecture. DETR records its ResNet's type of block instead of the channels.
 
         Raises:
-            InputError: A size is missing or no number; the message names it.
+            InputError: A size is missing or not an integer; the message names it.
         """
         sizes = dict(architecture)
         sizes.setdefault("feature_channels", RESNET_CHANNELS.get(str(sizes.get("block"))))
@@ -131,13 +131,13 @@ class FeatureSizes:
 
     @classmethod
     def single(cls, size: Sequence[int]) -> FeatureSizes:
-        """Return the sizes of a model that has one feature map."""
+        """Return the sizes of an image with a single feature map of this size."""
         height, width = size
         return cls(((height, width),), (height, width))
 
     @property
     def places(self) -> int:
-        """The positions of all levels, `sum(H*W)`."""
+        """The number of positions in all levels, `sum(H*W)`."""
         return sum(height * width for height, width in self.levels)
 
     def fold(self, tensor: torch.Tensor, level: int) -> torch.Tensor:
@@ -153,7 +153,7 @@ def shape_of(key: str, model: ModelShape, features: FeatureSizes, num_queries: i
         key: One of `AXES`.
         model: The model's sizes.
         features: The sizes of the image's feature maps.
-        num_queries: The queries that were kept; by default all.
+        num_queries: The number of queries that were kept; by default all.
     """
     height, width = features.backbone
     lengths = {
@@ -178,5 +178,5 @@ def dtype_of(key: str, dtype: str) -> torch.dtype:
 
 
 def nbytes(keys: Iterable[str], model: ModelShape, features: FeatureSizes, dtype: str) -> int:
-    """Return the bytes of one image's tensors on disk, without the container's own (about 2 kB)."""
+    """Return the size of one image's tensors on disk in bytes, without the file's overhead of about 2 kB."""
     return sum(torch.Size(shape_of(key, model, features)).numel() * dtype_of(key, dtype).itemsize for key in keys)

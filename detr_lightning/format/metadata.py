@@ -1,4 +1,4 @@
-"""Reading the `metadata.json` of a folder, checked as far as reading its files needs."""
+"""Reads a folder's `metadata.json` and checks the fields that are needed to read its files."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _REQUIRED = ("image_ids", "num_images", "extract_type", "embedding_keys", "image
 
 AGAIN = (
     "Run the same command again to finish it. EmbeddingStore(folder, partial=True) reads the images finished so far, "
-    "and detr-lightning summary prints how far it is."
+    "and detr-lightning summary prints the progress."
 )
 
 
 class MetadataFile:
     """The `metadata.json` of a finished extraction.
 
-    The entries of the images are most of it. In a file that this program wrote each has a line of its own, so they are
-    parsed one by one when they are asked for, and a folder of a million images opens at once.
+    Most of the file consists of the images' entries. This program writes one per line, so each is parsed only when it
+    is needed, and a folder of a million images opens at once.
 
     Args:
         path: The file.
-        data: Its content; by default it is read.
+        data: The file's content; by default it is read from `path`.
 
     Raises:
-        InputError: It is not JSON, or another program's.
+        InputError: The file is not JSON, or was not written by this program.
 
     Attributes:
-        partial: Whether the extraction is unfinished; these are then its finished images so far.
-        num_planned: How many images an unfinished extraction will have; None where that is not recorded.
+        partial: Whether the extraction is unfinished; the images are then those finished so far.
+        num_planned: The number of images that an unfinished extraction will have; None if it is not recorded.
     """
 
     partial = False
@@ -59,17 +59,17 @@ class MetadataFile:
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """All of it, as JSON."""
+        """The whole file, parsed."""
         return self._parse(self._data)
 
     @cached_property
     def _header(self) -> dict[str, Any]:
-        """The content, perhaps without the images."""
+        """The content, without the images if each has its own line."""
         return self.content
 
     @cached_property
     def changed(self) -> bool:
-        """Whether it was changed after it was written. False for older metadata without a checksum."""
+        """Whether the file was changed after it was written. False for older metadata without a checksum."""
         return "checksum" in self._header and not json_is_unchanged(self._data)
 
     def _parse(self, data: bytes, *, whole: bool = True) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class MetadataFile:
             raise InputError(f"{path} is not JSON ({error}). Restore it, or remove it and extract again.") from error
         missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
         if missing:
-            raise InputError(f"{path} is another program's or too old: it lacks {', '.join(missing)}.")
+            raise InputError(f"{path} was written by another program, or is too old: it lacks {', '.join(missing)}.")
         ids, images, keys = content["image_ids"], content["images"], content["embedding_keys"]
         if not isinstance(ids, list) or not all(type(image_id) is int and 0 <= image_id <= MAX_ID for image_id in ids):
             raise InputError(f"{path}: image_ids is not a list of image ids (integers of at most {ID_DIGITS} digits).")
@@ -116,7 +116,7 @@ class MetadataFile:
 
     @cached_property
     def categories(self) -> dict[int, str]:
-        """The categories' names by logit index; none where they are not recorded."""
+        """The names of the categories by logit index; empty if they are not recorded."""
         try:
             return parse_categories(self._header)
         except InputError as error:
@@ -124,7 +124,7 @@ class MetadataFile:
 
     @property
     def image_dir(self) -> str | None:
-        """The folder that the images were in, or None where it is not recorded."""
+        """The image folder, or None if it is not recorded."""
         value: Any = self._header
         for name in ("config", "data", "image_dir"):
             value = value.get(name) if isinstance(value, dict) else None
@@ -132,7 +132,7 @@ class MetadataFile:
 
     @property
     def min_score(self) -> float | None:
-        """The score that a query needed to be kept, or None where all were kept."""
+        """The minimum score of the queries that were kept, or None if all were kept."""
         value = self._header.get("min_score")
         return float(value) if isinstance(value, int | float) else None
 
@@ -143,7 +143,7 @@ class MetadataFile:
 
     @property
     def model(self) -> ModelRecord | None:
-        """The model, or None where it is not recorded.
+        """The model, or None if it is not recorded.
 
         Raises:
             InputError: The record is incomplete.
@@ -194,12 +194,12 @@ class MetadataFile:
         return entry
 
     def entries(self) -> Iterator[Any]:
-        """Yield the JSON objects of the images and of the skipped ones, whatever they are."""
+        """Yield the JSON objects of the finished and the skipped images, unchecked."""
         yield from self.content["images"] if self._lines is None else self._lines
         yield from self._list("failed")
 
     def failed(self) -> list[SkippedImage]:
-        """Return the skipped images; none where they are not recorded.
+        """Return the skipped images; empty if they are not recorded.
 
         Raises:
             InputError: One of them is incomplete.
@@ -216,11 +216,11 @@ def read_metadata(folder: Path, *, unfinished: bool = False) -> MetadataFile:
 
     Args:
         folder: The output folder.
-        unfinished: Read it although a later run on the same folder has not finished.
+        unfinished: Read it even if a later run in the same folder has not finished.
 
     Raises:
         FileNotFoundError: There is no such folder, or no finished extraction in it.
-        InputError: Its `metadata.json` is not one of this program's.
+        InputError: Its `metadata.json` was not written by this program.
     """
     folder = Path(folder)
     if not folder.is_dir():

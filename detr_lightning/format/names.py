@@ -1,4 +1,4 @@
-"""The names of files, and the ids in them."""
+"""File names, and the image ids in them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ STATE = ".extraction"
 """The subfolder of a run that has not finished; a finished folder has none."""
 
 RUN = "run.json"
-"""The file in it that a run writes when it begins: a folder is unfinished as long as it exists."""
+"""The file that a run writes into that subfolder when it begins. As long as it exists, the folder is unfinished."""
 
 TABLE = "embeddings.lance"
-"""The Lance dataset in the output folder, where `writer.layout` is `lance`."""
+"""The Lance dataset in the output folder, if `writer.layout` is `lance`."""
 
 TEMPORARY = ".embedding_*.tmp"
-"""Matches every temporary file of this format; those that a dead run leaves are never read."""
+"""Matches every temporary file of this format; those left behind by a killed run are never read."""
 
 ID_DIGITS = 12
 MAX_ID: int = 10**ID_DIGITS - 1
-"""Image ids are integers from 0 to this, so that they fit into a file's name."""
+"""The largest image id. Ids are integers from 0, and have to fit into a file name."""
 
 _NAME = re.compile(rf"embedding_([0-9]{{{ID_DIGITS}}})\.pt")
 
@@ -36,7 +36,7 @@ def is_url(output_dir: str | os.PathLike[str]) -> bool:
 
 def is_image_id(value: object) -> bool:
     """Return whether a value is an image id: an integer from 0 to `MAX_ID`."""
-    if type(value) is int:  # The usual case, and far faster than asking for a protocol.
+    if type(value) is int:  # The usual case, and far faster than the check for a protocol.
         return 0 <= value <= MAX_ID
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         return False
@@ -47,7 +47,7 @@ def file_name(image_id: int) -> str:
     """Return the name of an image's file, `embedding_000000000139.pt` for 139.
 
     Raises:
-        SettingError: The id is no integer, negative, or longer than 12 digits.
+        SettingError: The id is not an integer, is negative, or has more than 12 digits.
     """
     if not is_image_id(image_id):
         raise SettingError(f"image id {image_id!r} cannot name a file: an id is an integer from 0 to {MAX_ID}.")
@@ -55,6 +55,6 @@ def file_name(image_id: int) -> str:
 
 
 def image_id_of(name: str) -> int | None:
-    """Return the image id in a file's name, or None where the name is not one that `file_name` gives."""
+    """Return the image id in a name made by `file_name`, or None for any other name."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else None

@@ -1,4 +1,4 @@
-"""Lance on a disk or an object store: where its table is, small files beside it, and errors that help."""
+"""Lance on a disk or an object store: the address of the table, small files beside it, and helpful errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from detr_lightning.errors import InputError, MissingPackageError
 from detr_lightning.format.names import TABLE, is_url
 
-# Read when Lance is first imported: it reports on stderr that a new dataset is new.
+# Lance reads this when it is first imported. Otherwise it reports on stderr that a new dataset is new.
 os.environ.setdefault("LANCE_LOG", "error")
 
 try:
@@ -25,7 +25,7 @@ __all__ = ["exists", "explained", "lance", "pa", "read_file", "remove_file", "ta
 
 
 def table_uri(output_dir: str | os.PathLike[str]) -> str:
-    """Return where the dataset of an output folder is."""
+    """Return the path or URL of the dataset in an output folder."""
     return f"{os.fspath(output_dir).rstrip('/')}/{TABLE}"
 
 
@@ -33,17 +33,17 @@ def exists(output_dir: str | os.PathLike[str]) -> bool:
     """Return whether an output folder has a table.
 
     Raises:
-        OSError: The object store does not answer, or refuses.
+        OSError: The object store does not respond, or denies access.
     """
     with explained(os.fspath(output_dir)):
         return bool(LanceFileSession(table_uri(output_dir)).list("_versions"))
 
 
 def read_file(output_dir: str, name: str) -> bytes | None:
-    """Return the content of a small file on an object store; None where it does not exist.
+    """Return the content of a small file on an object store, or None if it does not exist.
 
     Raises:
-        OSError: The object store does not answer, or refuses.
+        OSError: The object store does not respond, or denies access.
     """
     with explained(output_dir), tempfile.TemporaryDirectory() as folder:
         session, copy = LanceFileSession(output_dir.rstrip("/")), Path(folder, "copy")
@@ -57,7 +57,7 @@ def write_file(output_dir: str, name: str, content: bytes) -> None:
     """Write a small file to an object store, whole or not at all.
 
     Raises:
-        OSError: The object store does not answer, or refuses.
+        OSError: The object store does not respond, or denies access.
     """
     with explained(output_dir), tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
@@ -69,7 +69,7 @@ def remove_file(output_dir: str, name: str) -> None:
     """Remove a file from an object store.
 
     Raises:
-        OSError: The object store does not answer, or refuses.
+        OSError: The object store does not respond, or denies access.
     """
     with explained(output_dir):
         LanceFileSession(output_dir.rstrip("/")).delete_file(name)
@@ -80,7 +80,7 @@ def explained(uri: str) -> Iterator[None]:
     """Turn Lance's errors into one that names the table and gives advice.
 
     Raises:
-        OSError: Whatever Lance raised for a disk or an object store.
+        OSError: Lance raised an error for a disk or an object store.
     """
     try:
         yield
@@ -93,16 +93,16 @@ def explained(uri: str) -> Iterator[None]:
 
 
 def _remote_problem(reason: str) -> str:
-    """Return the problem of an object store, with advice."""
+    """Describe an object store's problem, with advice."""
     if "AWS credentials" in reason:
         return (
-            "no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment; for a "
-            "server that is not Amazon's also AWS_ENDPOINT."
+            "no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment and, for a "
+            "server that is not Amazon's, AWS_ENDPOINT."
         )
     if "403 Forbidden" in reason or "AccessDenied" in reason:
         return (
-            "the server refuses access (403 Forbidden). Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and whether "
-            "they may read, write and list there."
+            "the server denies access (403 Forbidden). Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and whether "
+            "they grant permission to read, write and list there."
         )
     return f"{reason}. {_remote_advice(reason)}"
 
@@ -111,7 +111,7 @@ def _remote_advice(reason: str) -> str:
     if "Not Implemented" in reason or "NotImplemented" in reason:
         return "A table needs conditional writes (PUT with If-None-Match), which this object store does not have."
     if "concurrent transaction" in reason:
-        return "Another command writes to this table. Run the same command again when it has ended."
+        return "Another command is writing to this table. Run the same command again when it has ended."
     return "Check the address and the credentials in the environment."
 
 

@@ -1,4 +1,4 @@
-"""The way from an image to a model's input: its size and its pixels."""
+"""Preprocessing: from an image to the size and the pixels of a model's input."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Preprocessing:
         long_side: The upper limit of the long side; None if there is none.
         height: The height that every image is stretched to.
         width: The width that every image is stretched to.
-        mean: Subtracted from each channel of pixels in `[0, 1]`.
-        std: Then each channel is divided by this.
-        rescale_first: Whether pixels are divided by 255 before they are resized, and not after.
-        antialias: Whether resizing averages over the pixels it drops.
+        mean: The mean of each channel, which is subtracted from pixels in `[0, 1]`.
+        std: The standard deviation of each channel, by which the result is divided.
+        rescale_first: Whether pixels are divided by 255 before they are resized instead of after.
+        antialias: Whether images are resized with antialiasing.
         processor: The class of transformers' image processor that makes the pixels; None for DETR, whose pixels this
             package makes itself.
         backend: The library with which that processor resizes, `torchvision` or `pil`.
@@ -49,10 +49,10 @@ class Preprocessing:
     backend: str | None = None
 
     def input_size(self, size: Size) -> Size:
-        """Return height and width after resizing, for an image of this height and width.
+        """Return the height and width to which an image of this height and width is resized.
 
         Raises:
-            SettingError: The image is so thin that no pixel of its short side would be left.
+            SettingError: The image is so thin that its short side would be less than a pixel.
         """
         if self.height is not None and self.width is not None:
             return self.height, self.width
@@ -61,7 +61,7 @@ class Preprocessing:
         return rule(size, self.short_side, math.inf if self.long_side is None else self.long_side)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as the metadata records them, without those that are not set."""
+        """Return the settings as the metadata records them, without those that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -69,20 +69,21 @@ class Preprocessing:
 def resized_size(size: Size, short_side: int = 800, long_side: float = 1333) -> Size:
     """Return the size at which DETR sees an image.
 
-    The rule of official DETR's datasets/transforms.py, roundings included: the short side becomes `short_side`, or less
-    where the long side would pass `long_side`; the long side follows, truncated. It may still pass `long_side` by a
-    pixel. Hugging Face and torchvision's `max_size` round differently and give other sizes for some images.
+    The rule of official DETR's datasets/transforms.py, including its rounding: the short side becomes `short_side`, or
+    less if the long side would exceed `long_side`; the long side is scaled to match and truncated. It may still exceed
+    `long_side` by a pixel. Hugging Face and torchvision's `max_size` round differently, with other sizes for some
+    images.
 
     Args:
         size: Height and width of the image.
-        short_side: The length that the short side gets.
+        short_side: The length to which the short side is resized.
         long_side: The upper limit of the long side.
 
     Returns:
         Height and width after resizing.
 
     Raises:
-        SettingError: The image is so thin that no pixel of its short side would be left.
+        SettingError: The image is so thin that its short side would be less than a pixel.
     """
     height, width = size
     short, long = min(size), max(size)
@@ -97,9 +98,9 @@ def resized_size(size: Size, short_side: int = 800, long_side: float = 1333) -> 
 
 
 def hugging_face_size(size: Size, short_side: int, long_side: float) -> Size:
-    """Return the size at which transformers' processors show an image to a model with a short and a long side.
+    """Return the size to which transformers' processors resize an image, given a short and a long side.
 
-    Arguments, result and errors are those of `resized_size`; the roundings differ (get_size_with_aspect_ratio in
+    Arguments, result and errors are those of `resized_size`; the rounding differs (get_size_with_aspect_ratio in
     transformers/image_transforms.py).
     """
     height, width = size
@@ -118,4 +119,4 @@ def hugging_face_size(size: Size, short_side: int, long_side: float) -> Size:
 
 def _too_thin(size: Size) -> SettingError:
     height, width = size
-    return SettingError(f"an image of {width}x{height} (width x height) is too thin: resized it would have no pixels")
+    return SettingError(f"an image of {width}x{height} (width x height) is too thin: resizing would leave it no pixels")

@@ -1,8 +1,8 @@
-"""Reading one tensor out of a `.pt` file: only its own bytes, at a fraction of the cost of `torch.load`.
+"""Reads single tensors from `.pt` files: only their own bytes, at a fraction of the cost of `torch.load`.
 
-A `.pt` file is a zip archive, uncompressed: a pickle that describes the tensors, then each tensor's bytes. Files with
-the same tensors begin with the same bytes, have their tensors at the same places, and end with the same directory. So
-torch is asked once for each such kind of file. A file of a new kind, or laid out in any other way, goes through torch.
+A `.pt` file is an uncompressed zip archive: a pickle that describes the tensors, then each tensor's bytes. Files with
+the same tensors begin with the same bytes, have their tensors at the same offsets, and end with the same directory. So
+torch reads only the first file of each such kind, and files that are laid out in any other way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from detr_lightning.format.files import same_bytes
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """The place of a tensor in files of one kind."""
+    """The location of a tensor in files of one kind."""
 
     header_at: int
     header: bytes
@@ -44,7 +44,7 @@ class _Kind:
     places: Mapping[str, _Place]
 
     def read(self, file: io.FileIO, key: str) -> Tensor | None:
-        """Read a tensor of a file, or return None where the file is of another kind."""
+        """Read a tensor of a file, or return None if the file is of another kind."""
         place = self.places.get(key)
         if place is None or not self.directory.is_of(file.fileno()):
             return None
@@ -60,16 +60,16 @@ class _Kind:
 
 
 class TensorReader:
-    """Reads tensors of many files, and remembers the kinds of files. Threads may share one."""
+    """Reads tensors from many files, and remembers the kinds of files. Threads may share one reader."""
 
     def __init__(self) -> None:
         self._kinds: defaultdict[int, list[_Kind]] = defaultdict(list)
 
     def read(self, path: Path, key: str) -> Tensor:
-        """Return one tensor of a file, with memory of its own.
+        """Return one tensor of a file, in its own memory.
 
         Raises:
-            FileNotFoundError: The file is gone.
+            FileNotFoundError: The file no longer exists.
             InputError: The file is damaged, or lacks the key.
         """
         with _explained(path), open(path, "rb", buffering=0) as file:
@@ -81,7 +81,7 @@ class TensorReader:
             directory, infos = read_directory(file)
             tensors = _checked(torch.load(path, weights_only=True, mmap=True))
             if key not in tensors:
-                raise InputError(f"it holds no {key}, only {', '.join(tensors)}")
+                raise InputError(f"it has no {key}, only {', '.join(tensors)}")
             if found := _kind(file, directory, infos, tensors):
                 kinds.append(found)
             return tensors[key].clone()
@@ -91,7 +91,7 @@ def load(path: Path) -> dict[str, Tensor]:
     """Return all tensors of a file.
 
     Raises:
-        FileNotFoundError: The file is gone.
+        FileNotFoundError: The file no longer exists.
         InputError: The file is damaged.
     """
     with _explained(path), open(path, "rb") as file:
@@ -102,17 +102,17 @@ def load(path: Path) -> dict[str, Tensor]:
 
 def _checked(content: object) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise InputError("it holds something else than a dict of tensors")
+        raise InputError("it does not contain a dict of tensors")
     return content
 
 
 def _kind(
     file: io.FileIO, directory: Directory, infos: list[zipfile.ZipInfo], tensors: dict[str, Tensor]
 ) -> _Kind | None:
-    """Find out where a file holds the tensors that torch read, or return None where one is no plain copy of its bytes.
+    """Locate the tensors that torch read in a file, or return None if one is not a plain copy of the file's bytes.
 
     Raises:
-        InputError: Read by their places the tensors are not those that torch read: the file was made to deceive.
+        InputError: The tensors at these locations are not those that torch read: the file was made to deceive.
     """
     plain = all(
         tensor.layout is torch.strided and not tensor.is_quantized and tensor.is_contiguous() and tensor.numel()
@@ -136,13 +136,13 @@ def _kind(
     for name in places:
         tensor = kind.read(file, name)
         if tensor is None or not same_bytes(tensor, tensors[name]):
-            raise InputError(f"{name} is not at the place that the directory of the file gives")
+            raise InputError(f"{name} is not where the file's directory places it")
     return kind
 
 
 def _header(file: io.FileIO, record: zipfile.ZipInfo) -> bytes:
     file.seek(record.header_offset)
-    header = file.read(30)  # A record's header has a fixed part, which ends with the lengths of the other two.
+    header = file.read(30)  # A record's header has a fixed part, which ends with the lengths of its two variable parts.
     header += file.read(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"))
     return _without_checksum(header)
 
@@ -165,9 +165,9 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is gone since the extraction. {advice}") from error
+        raise FileNotFoundError(f"{path} was removed after the extraction. {advice}") from error
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch has no error type of its own for unreadable files.
-        reason = str(error) if isinstance(error, InputError) else "torch finds no whole file there"
-        raise InputError(f"{path} does not read: {reason}. {advice}") from error
+        reason = str(error) if isinstance(error, InputError) else "it is damaged or incomplete"
+        raise InputError(f"{path} cannot be read: {reason}. {advice}") from error

@@ -1,6 +1,6 @@
-"""The record of a run: all that `metadata.json` holds.
+"""The record of a run: the content of `metadata.json`.
 
-With identity.py and entries.py this is the one place that defines the names of the fields.
+Only this module, identity.py and entries.py define the names of the fields.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ FILES, LANCE = LAYOUTS = ("files", "lance")
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """Everything that is recorded of a run except its images.
+    """Everything that is recorded about a run except its images.
 
     Attributes:
-        extract_type: The extract type that was asked for.
+        extract_type: The requested extract type.
         settings: The settings that identify the run.
-        categories: The categories' names by logit index.
-        versions: The packages that results may depend on.
+        categories: The names of the categories by logit index.
+        versions: The versions of the packages that results may depend on.
         config: The settings as given.
     """
 
@@ -36,7 +36,7 @@ class RunRecord:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self, first: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the JSON object; `first` follows the fields that readers look for first."""
+        """Return the JSON object, with the fields of `first` right after the extract type and the keys."""
         settings = self.settings
         return {
             "extract_type": self.extract_type,
@@ -55,10 +55,10 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunRecord:
-        """Return the record that `to_json` gave.
+        """Return the record that `to_json` wrote.
 
         Raises:
-            InputError: Fields are missing or not of their type; the message names them.
+            InputError: Fields are missing or have the wrong type; the message names them.
         """
         if missing := [name for name in _RUN_FIELDS if name not in content]:
             raise InputError(f"{', '.join(missing)} is missing")
@@ -82,10 +82,10 @@ class Metadata:
     """The content of a `metadata.json`.
 
     Attributes:
-        run: All but the images.
+        run: Everything except the images.
         images: The finished images, ascending by id.
         failed: The images that were skipped.
-        layout: `files`, or `lance`, where the images are in the table instead.
+        layout: `files`, or `lance` if the images are in a table instead.
     """
 
     run: RunRecord
@@ -94,7 +94,7 @@ class Metadata:
     layout: str = FILES
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object, those fields first that readers look for first."""
+        """Return the JSON object, starting with the fields that readers look for first."""
         if self.layout == LANCE:
             failed = [entry.to_json() for entry in self.failed]
             return {"num_images": len(self.images), **self.run.to_json(), "failed": failed, "layout": LANCE}
@@ -106,10 +106,10 @@ class Metadata:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Metadata:
-        """Return the metadata that `to_json` gave.
+        """Return the metadata that `to_json` wrote.
 
         Raises:
-            InputError: A field is missing or not of its type; the message names it.
+            InputError: A field is missing or has the wrong type; the message names it.
         """
         return cls(
             run=RunRecord.from_json(content),
@@ -119,12 +119,12 @@ class Metadata:
 
 
 def parse_categories(content: Mapping[str, Any]) -> dict[int, str]:
-    """Return the categories' names by logit index; none where they are not recorded.
+    """Return the names of the categories by logit index; empty if they are not recorded.
 
     Raises:
-        InputError: They are no object, or an index is no number.
+        InputError: They are not an object, or an index is not a number.
     """
     try:
         return {int(index): str(name) for index, name in (content.get("categories") or {}).items()}
     except (ValueError, AttributeError) as error:
-        raise InputError("categories is no object of names by logit index") from error
+        raise InputError("categories is not an object of names by logit index") from error

@@ -1,4 +1,4 @@
-"""Reading the state of an unfinished run: `run.json` and the journals. No locks, so it works without fcntl."""
+"""Reads the state of an unfinished run: `run.json` and the journals. It takes no locks, so it works without fcntl."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from detr_lightning.format.names import RUN, STATE, is_image_id
 from detr_lightning.format.schema import RunRecord
 
 DONE = {"done": True}
-"""The last line of a rank's journal, once the rank went through all its images."""
+"""The last line of a rank's journal, written once the rank has gone through all its images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,10 @@ class RunState:
     """The content of `run.json`.
 
     Attributes:
-        token: Which run it is.
-        planned: Ids of all files that this run and earlier ones wrote or plan to write.
-        content: The whole JSON object, in which `settings` are read where they are needed.
-        void: Whether the run began to remove all this.
+        token: Identifies the run.
+        planned: The ids of all files that this run and earlier ones wrote or plan to write.
+        content: The whole JSON object, which `settings` reads on demand.
+        void: Whether the run has begun to remove these files.
     """
 
     token: str
@@ -39,7 +39,7 @@ class RunState:
 
     @property
     def num_planned(self) -> int:
-        """How many images the folder will have when the run has finished; at most, in states of older versions."""
+        """The number of images in the folder once the run has finished; an upper bound in states of older versions."""
         number = self.content.get("num_planned")
         return number if type(number) is int else len(self.planned)
 
@@ -54,16 +54,16 @@ class RunState:
 
 
 def run_to_json(token: str, planned: set[int], record: RunRecord | None, num_planned: int = 0) -> dict[str, Any]:
-    """Return the content of `run.json`; without a record the run removes the files of the planned ids."""
+    """Return the content of `run.json`. A run without a record removes the files of the planned ids."""
     header = {"void": True} if record is None else {**record.to_json(), "num_planned": num_planned}
     return {"token": token, **header, "planned": sorted(planned)}  # The token first: see `token_of`.
 
 
 def read_run(folder: Path) -> RunState | None:
-    """Return the state of the run that last began in a folder and has not finished; None without such a run.
+    """Return the state of a folder's unfinished run, or None if there is no such run.
 
     Raises:
-        InputError: Its `run.json` is damaged.
+        InputError: Its `run.json` is damaged, or reached through a link.
     """
     path = folder / STATE / RUN
     try:
@@ -75,21 +75,21 @@ def read_run(folder: Path) -> RunState | None:
         content = json.loads(data)
         planned = frozenset(content["planned"])
         if not all(map(is_image_id, planned)):
-            raise ValueError("planned lists what are no image ids")
+            raise ValueError("planned lists values that are not image ids")
         return RunState(token=str(content["token"]), planned=planned, content=content, void="void" in content)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f"{path} is damaged ({type(error).__name__}: {error}). "
-            f"Remove {path.parent} and run the same command again: what it cannot vouch for is extracted anew."
+            f"Remove {path.parent} and run the same command again: images that it cannot verify are extracted again."
         ) from error
 
 
 def no_link(path: str, flags: int) -> int:
-    """Open a file of a run's state, as an `opener` of `open`.
+    """Open a file of a run's state, and follow no link: an `opener` for `open`.
 
     Raises:
-        InputError: It is a link, or lies in a linked folder.
-        OSError: It cannot be opened.
+        InputError: The file is a link, or lies in a linked folder.
+        OSError: The file cannot be opened.
     """
     if not os.path.islink(os.path.dirname(path)):
         try:
@@ -97,16 +97,16 @@ def no_link(path: str, flags: int) -> int:
         except OSError:
             if not os.path.islink(path):
                 raise
-    raise InputError(f"{path} is or lies in a link, where the state of a run belongs. Remove the link.")
+    raise InputError(f"{path} is a link or in a linked folder, which a run's state must not be. Remove the link.")
 
 
 def token_of(folder: Path) -> str | None:
-    """Return the token of the run that last began in a folder and has not finished; None without such a run.
+    """Return the token of a folder's unfinished run, or None if there is no such run.
 
-    Only the first line of its `run.json` is read, where it begins with the token: the planned ids fill megabytes.
+    If `run.json` begins with the token, only its beginning is read: the planned ids can fill megabytes.
 
     Raises:
-        InputError: The `run.json` is damaged.
+        InputError: Its `run.json` is damaged, or reached through a link.
     """
     try:
         with open(folder / STATE / RUN, "rb", opener=no_link) as file:
@@ -120,7 +120,7 @@ def token_of(folder: Path) -> str | None:
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield a journal's entries; the last line of a killed process may be torn, and is left out."""
+    """Yield a journal's entries, without damaged lines: the last line of a killed process may be incomplete."""
     with open(path, encoding="utf-8", errors="replace", opener=no_link) as file:
         for line in file:
             try:
@@ -132,7 +132,7 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_entries(folder: Path, recorded: Iterable[Any] = ()) -> tuple[dict[int, ImageEntry], dict[int, SkippedImage]]:
-    """Return, by id, the finished images and the skipped ones: the recorded ones, and those of the journals.
+    """Return, by id, the finished and the skipped images of the journals and of `recorded`.
 
     Entries that are incomplete or damaged are left out, and so are skipped images that were finished later.
     """

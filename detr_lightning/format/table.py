@@ -22,11 +22,11 @@ PLANNED = "detr_lightning.num_planned"
 """The key of the dataset's config under which a run records how many images the table will have."""
 
 ROWS_AT_ONCE = 8
-"""Rows that Lance is given at a time: it holds several such batches in memory."""
+"""The rows in a batch that is passed to Lance, which keeps several batches in memory."""
 
 
 class Table:
-    """A dataset in its output folder, at its latest version.
+    """The dataset in an output folder, at its latest version.
 
     Args:
         output_dir: The folder, or its URL on an object store.
@@ -34,7 +34,7 @@ class Table:
     Raises:
         FileNotFoundError: There is no table.
         InputError: The dataset there was not made by this program.
-        OSError: The object store does not answer, or refuses.
+        OSError: The object store does not respond, or denies access.
     """
 
     def __init__(self, output_dir: str | os.PathLike[str]) -> None:
@@ -50,10 +50,10 @@ class Table:
 
     @classmethod
     def create(cls, output_dir: str | os.PathLike[str], schema: pa.Schema) -> Table:
-        """Make an empty table. Of two processes that try, one raises.
+        """Create an empty table. If two processes try at once, one of them raises.
 
         Raises:
-            OSError: There is a table already, or it cannot be written.
+            OSError: The table exists already, or cannot be written.
         """
         with explained(table_uri(output_dir)):
             lance.write_dataset(schema.empty_table(), table_uri(output_dir), mode="create")
@@ -66,12 +66,12 @@ class Table:
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns."""
+        """The columns of the table."""
         return self.dataset.schema
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all rows on disk."""
+        """The size of all rows on disk, in bytes."""
         files = [file for fragment in self.dataset.get_fragments() for file in fragment.data_files()]
         return sum(file.file_size_bytes or 0 for file in files)
 
@@ -81,10 +81,10 @@ class Table:
         return dict(self.dataset.config())
 
     def entries(self, skipped: bool = False) -> Iterator[tuple[ImageEntry | SkippedImage, int]]:
-        """Yield each row's entry, and the row's id for `delete`. No tensor is read.
+        """Yield each row's entry, and the row's id for `delete`. No tensors are read.
 
         Args:
-            skipped: Only the images that were skipped.
+            skipped: Yield only the images that were skipped.
         """
         names = [name for name in self.schema.names if name in FIELDS]
         condition = "error IS NOT NULL" if skipped else None
@@ -95,25 +95,25 @@ class Table:
     def has_all(self, image_ids: Collection[int]) -> bool:
         """Return whether each of these images has a row."""
         with explained(self.uri):
-            there = self.dataset.to_table(columns=["image_id"])["image_id"]
-        return set(image_ids) <= set(there.to_pylist())
+            present = self.dataset.to_table(columns=["image_id"])["image_id"]
+        return set(image_ids) <= set(present.to_pylist())
 
     def append(self, fragments: Sequence[Any]) -> None:
-        """Commit fragments of `write_rows` as a new version."""
+        """Commit the fragments that `write_rows` wrote as a new version."""
         with explained(self.uri):
             self.dataset = lance.LanceDataset.commit(
                 self.uri, lance.LanceOperation.Append(list(fragments)), read_version=self.version
             )
 
     def delete(self, row_ids: Sequence[int]) -> None:
-        """Remove rows."""
+        """Remove rows by their ids."""
         with explained(self.uri):
             for start in range(0, len(row_ids), 1000):
                 listed = ", ".join(map(str, row_ids[start : start + 1000]))
                 self.dataset.delete(f"_rowid IN ({listed})")
 
     def record_hashes(self, hashes: Mapping[int, str]) -> None:
-        """Set `image_sha256` of rows by image id."""
+        """Set the `image_sha256` of rows, by image id."""
         if hashes:
             columns = [pa.array(hashes.keys(), pa.int64()), pa.array(hashes.values(), pa.string())]
             rows = pa.table(columns, names=["image_id", "image_sha256"])
@@ -121,7 +121,7 @@ class Table:
                 self.dataset.merge_insert("image_id").when_matched_update_all().execute(rows)
 
     def empty(self, schema: pa.Schema) -> None:
-        """Remove all rows, and take other columns."""
+        """Remove all rows, and replace the columns."""
         with explained(self.uri):
             self.dataset = lance.write_dataset(schema.empty_table(), self.uri, mode="overwrite")
 
@@ -131,10 +131,10 @@ class Table:
             self.dataset.update_config(dict(values))
 
     def optimise(self, fragment_bytes: int) -> None:
-        """Join fragments that are smaller than this, and index the image ids."""
+        """Merge fragments of fewer than `fragment_bytes` bytes, and index the image ids."""
         with explained(self.uri):
             if rows := self.dataset.count_rows():
-                # Larger ones stay as they are: joining them would write everything again.
+                # Larger ones stay as they are: merging them would rewrite everything.
                 self.dataset.optimize.compact_files(
                     target_rows_per_fragment=max(1, rows * fragment_bytes // max(self.nbytes, 1))
                 )
@@ -143,7 +143,7 @@ class Table:
             self.dataset = lance.dataset(self.uri)
 
     def remove_old_versions(self) -> None:
-        """Remove all versions but the latest, and the files that only they use. No other run may be at work."""
+        """Remove all versions but the latest, and the files that only they use. No other run may be in progress."""
         with explained(self.uri):
             self.dataset = lance.dataset(self.uri)
             self.dataset.cleanup_old_versions(older_than=timedelta(0))
@@ -156,13 +156,13 @@ class TableReader:
         output_dir: The folder, or its URL on an object store.
 
     Attributes:
-        keys: The keys that each image has.
+        keys: The keys of each image.
         image_ids: The ids of the finished images, ascending.
 
     Raises:
         FileNotFoundError: There is no table.
         InputError: The dataset there was not made by this program.
-        OSError: The object store does not answer, or refuses.
+        OSError: The object store does not respond, or denies access.
     """
 
     def __init__(self, output_dir: str | os.PathLike[str]) -> None:
@@ -173,14 +173,14 @@ class TableReader:
         with explained(self._table.uri):
             rows = self._table.dataset.scanner(columns=names, scan_in_order=True).to_table()
         ids = rows["image_id"].to_numpy()
-        places = np.flatnonzero(rows["error"].is_null().to_numpy())  # A row's place, as `take` counts.
-        # In an unfinished table two runs may have written an image: its first row counts.
+        places = np.flatnonzero(rows["error"].is_null().to_numpy())  # Row numbers, as `take` needs them.
+        # In an unfinished table, two runs may have written the same image: its first row counts.
         self._places = places[np.unique(ids[places], return_index=True)[1]]
         self._rows = rows.drop_columns(["error"]).combine_chunks()
         self.image_ids = ids[self._places]
 
     def row_of(self, image_id: int) -> int | None:
-        """Return an image's place in the table; None where there is no such image."""
+        """Return the number of an image's row, or None if there is no such image."""
         at = int(np.searchsorted(self.image_ids, image_id))
         found = at < len(self.image_ids) and self.image_ids[at] == image_id
         return int(self._places[at]) if found else None
@@ -199,7 +199,7 @@ class TableReader:
         return entry
 
     def read(self, image_ids: Sequence[int], keys: Sequence[str]) -> list[list[Tensor]]:
-        """Return, for each image in the order given, the tensors of these keys, in theirs.
+        """Return, for each image, the tensors of these keys, both in the given order.
 
         Raises:
             KeyError: There is no such image.
@@ -212,15 +212,15 @@ class TableReader:
         return [list(tensors) for tensors in zip(*columns, strict=True)]
 
     def _shape_of(self, key: str, entry: ImageEntry) -> tuple[int, ...]:
-        assert entry.features is not None, "a finished image has them"
+        assert entry.features is not None, "a finished image has feature sizes"
         return shape_of(key, self._shape, entry.features, entry.num_queries)
 
 
 def write_rows(output_dir: str | os.PathLike[str], schema: pa.Schema, rows: Sequence[Row]) -> list[Any]:
-    """Write rows to files of the dataset that no version uses until `Table.append` commits them.
+    """Write rows to new files of the dataset, which no version uses until `Table.append` commits them.
 
     Raises:
-        OSError: They cannot be written.
+        OSError: The rows cannot be written.
     """
     starts = range(0, len(rows), ROWS_AT_ONCE)
     batches = (to_batch(schema, rows[start : start + ROWS_AT_ONCE]) for start in starts)

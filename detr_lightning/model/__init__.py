@@ -1,1 +1,1 @@
-"""Networks in plain torch, and how a name, a file or a folder becomes one with its weights."""
+"""Networks in plain torch, and loading one with its weights from a name, a file or a folder."""

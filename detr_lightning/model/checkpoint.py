@@ -1,4 +1,4 @@
-"""A model ready for inference, and all that is known of it."""
+"""A model ready for inference, with everything known about it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from detr_lightning.model.family import FamilyDetector
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model and where it comes from.
+    """A model and its origin.
 
     Attributes:
-        model: Ready for inference, in float32 on the CPU.
+        model: The model, ready for inference, in float32 on the CPU.
         name: The official name, the hub id, `random`, or the name of the local file or folder.
-        sha256: Of the file; of several files, as if they were one; of the tensors if they are random. With averaged
-            weights that were chosen over others, of the file's sha256 and the word `ema`. Empty where the weights are
-            not there, and the model has only its shapes.
-        notes: Decisions that the tensors do not show, for the user to read.
+        sha256: The sha256 of the file, of several files concatenated, or of the tensors if they are random. If averaged
+            weights were requested: the sha256 of the file's sha256 and the word `ema`. For the other detectors: the
+            sha256 of the files' sha256 and the config. Empty if the model was planned without its weights.
+        notes: Decisions that the tensors do not determine, for the user to read.
         preprocessing: How images become the model's input.
-        category_names: The name of a category by logit index; None where the checkpoint has no names.
-        category_ids: The COCO category id of each logit but "no object"; None where the names are not COCO's. Without
-            names they are the indices, as in the official code.
+        category_names: The names of the categories by logit index; None if the checkpoint has no names.
+        category_ids: The COCO category id of each logit except "no object"; None if the names are not COCO's. Without
+            names, the ids are the indices, as in the official code.
         scoring: `softmax`, where the last logit is "no object", or `sigmoid`, where every logit is a category.
         family: The model's type, as transformers names it.
-        processor: Makes the model's input of an image; None for DETR, whose input this package makes itself.
+        processor: Makes the model's input from an image; None for DETR, whose input this package makes itself.
     """
 
     model: DETR | FamilyDetector

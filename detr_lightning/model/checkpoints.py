@@ -1,7 +1,7 @@
-"""From a name, a file or a folder to a DETR with its weights.
+"""Loads a model with its weights from a name, a file or a folder.
 
-Official checkpoints load strictly, with no renaming. The sizes of a model are read off its tensors; what tensors cannot
-tell, the number of heads and the dilation, is looked up where it is known, and never guessed in silence.
+Official checkpoints load strictly, without renaming. The sizes of a DETR are read from its tensors. The number of heads
+and the dilation, which tensors do not show, are looked up if they are known, and never guessed silently.
 """
 
 from __future__ import annotations
@@ -45,21 +45,22 @@ def load(
     ema: bool | None = None,
     plan_only: bool = False,
 ) -> Checkpoint:
-    """Find weights, read the architecture off them, and build the model.
+    """Find weights, read the architecture from them, and build the model.
 
     Args:
         weights: An official name, a file in the official layout or with Hugging Face's names, a folder in transformers'
-            layout or hub id (`organisation/name`, with `@revision` if need be), or `random` (always the same).
+            layout, a hub id (`organisation/name` or `organisation/name@revision`), or `random` (always the same).
         nheads: The number of attention heads; None takes the known number for these weights, else 8.
         dilation: Whether the last stage is dilated (DC5); None takes the known value for these weights, else false.
-        ema: Whether to take a file's averaged (EMA) weights; None takes them where the file has no others.
-        plan_only: Whether an official model may come without its weights, on the meta device, instead of a download.
+        ema: Whether to take a file's averaged (EMA) weights; None takes them if the file has no others.
+        plan_only: Whether to build an official model on the meta device, without its weights, instead of downloading.
 
     Raises:
-        FileNotFoundError: There is no such file, or the folder lacks one.
+        FileNotFoundError: The file does not exist, or the folder lacks one.
         ConnectionError: Weights could not be downloaded.
-        InputError: A file that is no DETR or does not fit one.
-        SettingError: An unknown name, or a setting that contradicts the weights.
+        ImportError: transformers or huggingface_hub is needed, but not installed.
+        InputError: The weights cannot be read or do not fit their model, or a setting contradicts them.
+        SettingError: The name is unknown, or a setting does not apply to this kind of weights.
     """
     if weights == RANDOM:
         return _random(nheads, dilation)
@@ -73,7 +74,7 @@ def load(
         return load_folder(*folder, str(model_type))
     source = _from_file(weights, ema) if folder is None else _from_folder(*folder, ema)
     architecture, notes = _settled(source, read_sizes(source.name, source.tensors), nheads, dilation)
-    # Copied, for a file may be mapped, and may be replaced while the model is in use.
+    # Copied, since the file may be memory-mapped, and replaced while the model is in use.
     tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in source.tensors.items()}
     model = _fill(source.name, architecture, tensors)
     model.mean, model.std = source.preprocessing.mean, source.preprocessing.std
@@ -90,7 +91,7 @@ def load(
 
 @dataclass(frozen=True)
 class _Source:
-    """Tensors in the official layout, and the other known settings of the model with their origin."""
+    """Tensors in the official layout, with the known settings of the model and their origin."""
 
     name: str
     sha256: str
@@ -103,11 +104,12 @@ class _Source:
 
 
 def _folder(weights: str) -> tuple[Path, str] | None:
-    """Return a Hugging Face folder, fetched from the hub if need be, and its name; None for files of weights.
+    """Return a Hugging Face folder, downloaded from the hub if needed, and its name; None for a weight file.
 
     Raises:
-        FileNotFoundError: There is no such file or folder.
-        SettingError: There cannot be.
+        FileNotFoundError: The file or folder does not exist.
+        ConnectionError: The folder could not be downloaded.
+        SettingError: `weights` is not a valid name, path or hub id.
     """
     path = Path(weights).expanduser()
     if weights in OFFICIAL or path.is_file():
@@ -115,7 +117,7 @@ def _folder(weights: str) -> tuple[Path, str] | None:
     if weights and path.is_dir():
         return path, path.resolve().name
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt") or re.match(r"[/~.]", weights):
-        raise FileNotFoundError(f"model.weights: there is no file or folder {weights!r}.")
+        raise FileNotFoundError(f"model.weights: the file or folder {weights!r} does not exist.")
     if not hugging_face.HUB_ID.fullmatch(weights):
         check_choice("model.weights", weights, [*OFFICIAL, RANDOM, "a .pth file", "a Hugging Face folder or hub id"])
     return hugging_face.from_hub(weights), weights
@@ -124,7 +126,7 @@ def _folder(weights: str) -> tuple[Path, str] | None:
 def _from_folder(path: Path, name: str, ema: bool | None) -> _Source:
     """Read a Hugging Face DETR folder."""
     if ema is not None:
-        raise SettingError("model.ema belongs to a file of weights, not to a folder or hub id. Leave it out.")
+        raise SettingError("model.ema works only with a weight file, not with a folder or hub id. Leave it out.")
     folder = hugging_face.read_folder(path)
     return _Source(
         name,
@@ -138,7 +140,7 @@ def _from_folder(path: Path, name: str, ema: bool | None) -> _Source:
 
 
 def _from_file(weights: str, ema: bool | None) -> _Source:
-    """Read a local file, or a published one."""
+    """Read a local weight file, or an official one."""
     path = Path(weights).expanduser()
     official = OFFICIAL.get(weights)
     known_from = "official"
@@ -151,7 +153,7 @@ def _from_file(weights: str, ema: bool | None) -> _Source:
         known_from = "known by its sha256" if official else "from its args"
     tensors, known, remark = _read_file(path, ema)
     if ema:
-        sha256 = hashlib.sha256(f"{sha256} ema".encode()).hexdigest()  # the file's other weights are another model
+        sha256 = hashlib.sha256(f"{sha256} ema".encode()).hexdigest()  # not the hash of the file's other weights
     return _Source(
         name,
         sha256,
@@ -164,35 +166,35 @@ def _from_file(weights: str, ema: bool | None) -> _Source:
 
 
 def _read_file(path: Path, averaged: bool | None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Return a file's DETR under its official names, the settings it states, and a note on averaged weights."""
+    """Return a file's tensors under their official names, the settings it states, and a remark on averaged weights."""
     if path.suffix == ".safetensors":
-        raise InputError(f"{path} does not describe its model. Give its folder, with the config.json, instead.")
+        raise InputError(f"{path} does not describe its model. Give the folder with its config.json instead.")
     content = read_pickled(path)
     tensors, remark = find_detr(str(path), content, averaged)
     known: dict[str, Any] = {}
     for key in ("hyper_parameters", "args"):
-        told = content.get(key)
-        known |= vars(told) if isinstance(told, Namespace) else told if isinstance(told, dict) else {}
-    told_types = {"nheads": int, "dilation": bool}
-    return tensors, {key: known[key] for key, kind in told_types.items() if isinstance(known.get(key), kind)}, remark
+        stated = content.get(key)
+        known |= vars(stated) if isinstance(stated, Namespace) else stated if isinstance(stated, dict) else {}
+    types = {"nheads": int, "dilation": bool}
+    return tensors, {key: known[key] for key, kind in types.items() if isinstance(known.get(key), kind)}, remark
 
 
 def _settled(
     source: _Source, sizes: Architecture, nheads: int | None, dilation: bool | None
 ) -> tuple[Architecture, str]:
-    """Return the architecture with the settings that tensors do not show, and, for the user, their origin."""
+    """Return the architecture with the settings that tensors do not show, and their origin for the user."""
     heads, heads_from = _settle(source, "nheads", nheads, sizes.nheads)
     dilated, dilated_from = _settle(source, "dilation", dilation, False)
     architecture = check_sizes(replace(sizes, nheads=heads, dilation=dilated))
-    told = f"{heads} heads ({heads_from}), {'' if dilated else 'not '}dilated ({dilated_from})"
-    return architecture, f"{architecture.name}: {told}"
+    settings = f"{heads} heads ({heads_from}), {'' if dilated else 'not '}dilated ({dilated_from})"
+    return architecture, f"{architecture.name}: {settings}"
 
 
 def _settle(source: _Source, setting: str, given: Any, default: Any) -> tuple[Any, str]:
-    """Return a setting's value and, for the user, its origin."""
+    """Return a setting's value, and its origin for the user."""
     known = source.known.get(setting)
     if known is None:
-        return (default, "the default: the file does not say") if given is None else (given, "as given")
+        return (default, "the default: not stated in the file") if given is None else (given, "as given")
     if given is not None and given != known:
         raise InputError(
             f"model.{setting} is {given!r}, but {source.name} has {setting} {known!r} ({source.known_from}). "
@@ -202,14 +204,14 @@ def _settle(source: _Source, setting: str, given: Any, default: Any) -> tuple[An
 
 
 def _fill(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> DETR:
-    """Build a model around tensors, without initialising it first."""
+    """Build a model from tensors, without initialising it first."""
     with torch.device("meta"):
         model = DETR(architecture)
     expected = model.state_dict()
     tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(COUNTER)}
     wrong = [f"{key} is missing" for key in expected if key not in tensors]
     wrong += [
-        f"{key} is {list(tensor.shape)} and not {list(expected[key].shape)}" if key in expected else f"{key} is unknown"
+        f"{key} is {list(tensor.shape)}, not {list(expected[key].shape)}" if key in expected else f"{key} is unknown"
         for key, tensor in tensors.items()
         if key not in expected or tensor.shape != expected[key].shape
     ]
@@ -220,7 +222,7 @@ def _fill(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) 
 
 
 def _without_weights(weights: str, official: Official, nheads: int | None, dilation: bool | None) -> Checkpoint:
-    """Build an official model whose weights have not been downloaded: its shapes alone."""
+    """Build an official model whose weights have not been downloaded, with only its shapes."""
     source = _Source(weights, "", {}, official.known, "official")
     architecture, notes = _settled(source, official.architecture, nheads, dilation)
     with torch.device("meta"):
@@ -233,16 +235,16 @@ def _without_weights(weights: str, official: Official, nheads: int | None, dilat
 
 
 def _random(nheads: int | None, dilation: bool | None) -> Checkpoint:
-    """Build the official DETR-R50 with weights that are always the same.
+    """Build the official DETR-R50 with random weights that are always the same.
 
-    They keep the variance of activations, and attention sharp: with the usual ones, and nothing learned, the
-    embeddings of all queries are all but equal.
+    The weights preserve the variance of activations and keep attention sharp. With the usual initialisation and no
+    training, all queries would have nearly equal embeddings.
     """
     heads = Architecture.nheads if nheads is None else nheads
     architecture = check_sizes(Architecture(nheads=heads, dilation=bool(dilation)))
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in DETR(architecture).state_dict().items()}
-    generator = torch.Generator().manual_seed(SEED)  # the global one is the user's
+    generator = torch.Generator().manual_seed(SEED)  # leaves the global generator to the user
     digest = hashlib.sha256()
     tensors = {}
     for key, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""The other detectors of DETR's family, computed by transformers' own networks."""
+"""The other detectors of the DETR family, computed by the networks of transformers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from detr_lightning.model.unused_layers import drop_unused_layers
 
 @dataclass(frozen=True)
 class ModelType:
-    """The differences between the models.
+    """The properties in which the types of models differ.
 
     Attributes:
         scoring: `softmax`, where the last logit is "no object", or `sigmoid`.
-        encoder: Whether a transformer encoder runs over all features, so that there are `encoder_layers`.
-        dense: Whether the decoder attends to every feature, so that there is `cross_attention`.
-        two_stage: Whether queries are chosen by score, so that a query's number is a rank. Deformable DETR's config
-            tells.
+        encoder: Whether a transformer encoder runs over all features, so that `encoder_layers` exist.
+        dense: Whether the decoder attends to every feature, so that `cross_attention` exists.
+        two_stage: Whether queries are chosen by score, so that a query's number is a rank. For Deformable DETR, the
+            config decides.
     """
 
     scoring: str = "sigmoid"
@@ -49,11 +49,11 @@ MODEL_TYPES = {
     "rf_detr": ModelType(),
     "lw_detr": ModelType(),
 }
-"""The models by transformers' `model_type`."""
+"""The types of models, by transformers' `model_type`."""
 
 
 PROBE = (256, 256)
-"""The height and width of the image that sizes are found with, where they vary: divisible by every stride."""
+"""Height and width of the image that a model is probed with if sizes vary: divisible by every stride."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class FamilyArchitecture:
     """The sizes of a model, found by running it once.
 
     Attributes:
-        model_type: As transformers names it.
-        shape: The sizes that shapes depend on.
-        probed: Height and width of the image that was run.
-        features: The sizes of its feature maps.
+        model_type: The type, as transformers names it.
+        shape: The sizes that the shapes of the tensors depend on.
+        probed: Height and width of the image that the model was run on.
+        features: The sizes of that image's feature maps.
     """
 
     model_type: str
@@ -74,7 +74,7 @@ class FamilyArchitecture:
 
     @property
     def name(self) -> str:
-        """The name for users."""
+        """The name shown to users."""
         return self.model_type
 
     @property
@@ -83,7 +83,7 @@ class FamilyArchitecture:
         return self.shape.num_logits
 
     def to_json(self) -> dict[str, Any]:
-        """Return the type and sizes as the metadata records them."""
+        """Return the type and the sizes as the metadata records them."""
         return {"model_type": self.model_type, **vars(self.shape)}
 
     def feature_sizes(self, input_size: Size) -> FeatureSizes:
@@ -101,7 +101,7 @@ class FamilyArchitecture:
 
 
 def _strided(side: int, probed: int, found: int) -> int:
-    """Return a feature map's side: every stage divides it, rounding up."""
+    """Return a feature map's side for an input's side, rounded up."""
     return -(-side // (probed // found))
 
 
@@ -109,8 +109,8 @@ class FamilyDetector(nn.Module):
     """A detector of transformers that returns its embeddings under this package's keys.
 
     Args:
-        model: An `...ForObjectDetection` of transformers.
-        input_size: Height and width that every image has; None where sizes vary.
+        model: An `...ForObjectDetection` model of transformers.
+        input_size: Height and width of every image; None if sizes vary.
     """
 
     def __init__(self, model: nn.Module, input_size: Size | None = None) -> None:
@@ -125,12 +125,12 @@ class FamilyDetector(nn.Module):
 
     @property
     def probed(self) -> Size:
-        """Height and width of the image that the sizes are found with."""
+        """Height and width of the image that the model is probed with."""
         return self.input_size or PROBE
 
     @cached_property
     def architecture(self) -> FamilyArchitecture:
-        """The sizes. The model is run once to find them."""
+        """The model's sizes, found by running it once."""
         size = self.probed
         image = torch.zeros(1, 3, *size, dtype=self.model.dtype, device=self.model.device)
         with torch.inference_mode():
@@ -151,12 +151,12 @@ class FamilyDetector(nn.Module):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys that the model has."""
+        """The keys that the model can compute."""
         has = {"cross_attention": self.kind.dense, "encoder_layers": self.kind.encoder}
         return tuple(key for key in KEYS if has.get(key, True))
 
     def for_inference(self, dtype: torch.dtype | None = None) -> FamilyDetector:
-        """Return a copy that runs: the same results to rounding, in less time."""
+        """Return a faster copy for inference, whose results are the same up to rounding."""
         model = copy.deepcopy(self.model)
         if dtype:
             model.to(dtype)
@@ -175,14 +175,14 @@ class FamilyDetector(nn.Module):
 
         Args:
             pixels: `[B, 3, h, w]`, as the model's image processor makes them.
-            padding_mask: Not possible here.
-            keys: Which tensors to return.
+            padding_mask: Must be None.
+            keys: The tensors to return.
 
         Returns:
             Batch-first tensors, as for `DETR.forward`; `H*W` is the sum over all levels.
 
         Raises:
-            SettingError: There is a padding mask, or `pixels` are uint8.
+            SettingError: A padding mask was given, or `pixels` are not floating point.
             InputError: The feature maps have other sizes than planned.
         """
         if padding_mask is not None:
@@ -196,7 +196,7 @@ class FamilyDetector(nn.Module):
         size = (pixels.shape[-2], pixels.shape[-1])
         planned = self.architecture.feature_sizes(size).levels
         if levels and levels != planned:
-            raise InputError(f"An input of {size} has feature maps of {levels}, and {planned} were expected.")
+            raise InputError(f"An input of {size} has feature maps of {levels}, but {planned} were expected.")
         return out
 
     @property
@@ -205,11 +205,11 @@ class FamilyDetector(nn.Module):
         return layers
 
     def _run(self, pixels: Tensor, keys: Collection[str]) -> tuple[dict[str, Tensor], tuple[Size, ...]]:
-        """Return the tensors, and the sizes of the levels; none where the model has only one."""
+        """Return the tensors and the sizes of the levels; the sizes are empty if the model has a single level."""
         inner = self.model.model
         attentions = "cross_attention" in keys
         if attentions and self.model.config._attn_implementation != "eager":
-            self.model.set_attn_implementation("eager")  # others do not return their weights
+            self.model.set_attn_implementation("eager")  # others do not return the attention weights
         with watching(inner, self.kind.encoder and "encoder_layers" in keys) as seen:
             found = self.model(pixel_values=pixels, **({"output_attentions": True} if attentions else {}))
         decoder_norm = getattr(inner.decoder, "layernorm", None) or nn.Identity()

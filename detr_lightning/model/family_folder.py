@@ -1,4 +1,4 @@
-"""A folder in transformers' layout, read as one of the other detectors."""
+"""Loading of the other detectors from a folder in transformers' layout."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from detr_lightning.model.weight_files import first_line, sha256_of
 
 
 def load_folder(folder: Path, name: str, model_type: str) -> Checkpoint:
-    """Read a folder in transformers' layout.
+    """Load a detector from a folder in transformers' layout.
 
     Args:
         folder: The folder.
-        name: Its name for users.
-        model_type: The `model_type` of its config.
+        name: The name shown to users.
+        model_type: The `model_type` of the folder's config.
 
     Raises:
         FileNotFoundError: A file is missing.
         MissingPackageError: transformers is not installed, or too old for the model.
-        InputError: The model is of another kind, or its files do not fit each other.
+        InputError: The model's type is not supported, a file cannot be read, or the files do not fit each other.
     """
     config = read_config(folder)
     if model_type not in MODEL_TYPES:
         raise InputError(
-            f"{folder} holds a model of type {model_type!r}, which is not of DETR's family or cannot be read. "
-            f"These can be: detr, {', '.join(MODEL_TYPES)}."
+            f"{folder} contains a model of type {model_type!r}, which is not supported. "
+            f"Supported types: detr, {', '.join(MODEL_TYPES)}."
         )
     files = weight_files(folder)
     processor, preprocessing = load_processor(folder, model_type)
@@ -49,12 +49,12 @@ def load_folder(folder: Path, name: str, model_type: str) -> Checkpoint:
     try:
         names = names_of_config({"id2label": model.model.config.id2label})
         shape = model.architecture.shape
-    except Exception as error:  # of a network that does not run at the size it is to have
+    except Exception as error:  # The network does not run at the given size.
         height, width = model.probed
         advice = "Check `size` in its preprocessor_config.json."
         if input_size is None:
             advice = (
-                "Its preprocessor_config.json leaves the size open: write the height and width of its training there."
+                "Its preprocessor_config.json sets no fixed size: add the height and width that it was trained with."
             )
         raise InputError(
             f"{folder}: this {model_type} does not run on an image of {height}x{width} pixels (height x width): "
@@ -62,7 +62,7 @@ def load_folder(folder: Path, name: str, model_type: str) -> Checkpoint:
         ) from error
     softmax = model.kind.scoring == "softmax"
     ids = coco_ids(names, shape.num_logits - softmax) if names else None
-    if ids and names:  # some checkpoints spell COCO's names in another way
+    if ids and names:  # some checkpoints spell COCO's names differently
         names = {index: coco_names().get(ids[index], name) for index, name in names.items()}
     digest = hashlib.sha256(f"{sha256_of(files)} ".encode() + config_digest(config))
     notes = f"{model_type}: {shape.num_queries} queries, {shape.decoder_layers} decoder layers, {model.kind.scoring}"
@@ -87,29 +87,29 @@ def load_model(
 
     Args:
         folder: A folder in transformers' layout.
-        config: Its `config.json`.
-        files: Its files of weights.
-        input_size: Height and width that every image has; None where sizes vary.
+        config: The content of its `config.json`.
+        files: Its weight files.
+        input_size: Height and width of every image; None if sizes vary.
 
     Raises:
         MissingPackageError: transformers is not installed, or too old for the model.
-        InputError: The weights do not fit the config, or the config asks for something that cannot be computed.
+        InputError: The weights are not safetensors or do not fit the config, or the config is not supported.
     """
     model_type = config["model_type"]
     transformers = import_transformers(model_type)
     if any(file.suffix != ".safetensors" for file in files):
         raise InputError(
-            f"{folder} holds its weights as {sorted(files)[0].name}. A {model_type} is read from safetensors alone: "
+            f"{folder} stores its weights as {sorted(files)[0].name}. A {model_type} is read only from safetensors: "
             "save it with save_pretrained of a recent transformers."
         )
     eval_idx, layers = config.get("eval_idx", -1), config.get("decoder_layers", 6)
     if eval_idx not in (-1, layers - 1):
-        raise InputError(f"{folder}: eval_idx is {eval_idx}, and only models whose last layer predicts can be read.")
+        raise InputError(f"{folder}: eval_idx is {eval_idx}, but only models whose last layer predicts can be read.")
     settings = {"trust_remote_code": False, "local_files_only": True}
     try:
         loaded = transformers.AutoConfig.from_pretrained(folder, **settings)
         if model_type in ("table-transformer", "conditional_detr"):
-            loaded.auxiliary_loss = False  # It would feed normed states on, which is not the published model.
+            loaded.auxiliary_loss = False  # It would pass normed states on, unlike the published model.
         with without_report(transformers):
             model, report = transformers.AutoModelForObjectDetection.from_pretrained(
                 folder,
@@ -117,7 +117,7 @@ def load_model(
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # They are in the report, with their sizes.
+                ignore_mismatched_sizes=True,  # The report lists them, with their sizes.
                 **settings,
             )
     except ImportError as error:
@@ -132,19 +132,19 @@ def load_model(
 
 
 def _check_report(folder: Path, model_type: str, report: Mapping[str, Any]) -> None:
-    """Refuse weights that do not fit, which transformers only logs.
+    """Refuse weights that do not fit, which transformers would only log.
 
     Raises:
-        InputError: A tensor is missing, unexpected or of another shape.
+        InputError: A tensor is missing, unexpected or of the wrong shape.
     """
     wrong = [f"{key} is missing" for key in report["missing_keys"]]
     wrong += [f"{key} is unknown" for key in report["unexpected_keys"]]
-    wrong += [f"{key[0]} is {list(key[1])} and not {list(key[2])}" for key in report["mismatched_keys"]]
+    wrong += [f"{key[0]} is {list(key[1])}, not {list(key[2])}" for key in report["mismatched_keys"]]
     wrong += [str(message) for message in report.get("error_msgs") or ()]
     refuse_misfits(str(folder), f"its config, a {model_type}", sorted(wrong))
 
 
 def config_digest(config: Mapping[str, Any]) -> bytes:
-    """Return a config's content in one order, to be hashed: names of files and of transformers' release left aside."""
+    """Return a config's content in canonical form for hashing, without fields that do not affect the model."""
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
     return json.dumps({k: v for k, v in config.items() if k not in ignored}, sort_keys=True).encode()

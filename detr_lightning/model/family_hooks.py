@@ -1,4 +1,4 @@
-"""The tensors on their way through transformers' networks, kept by hooks."""
+"""Hooks that keep the intermediate tensors of transformers' networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from detr_lightning.format.keys import Size
 
 
 class Seen:
-    """The tensors that passed through a model's parts."""
+    """The intermediate tensors of a model's run."""
 
     def __init__(self) -> None:
         self.backbone: list[Tensor] = []
@@ -24,7 +24,7 @@ class Seen:
 
 @contextmanager
 def watching(inner: Any, encoder: bool) -> Iterator[Seen]:
-    """Keep the tensors that pass through the parts of a model while it runs."""
+    """Keep the intermediate tensors of a model that runs within the block."""
     seen = Seen()
 
     def before_decoder(_module: nn.Module, _args: Any, settings: Mapping[str, Any]) -> None:
@@ -56,14 +56,14 @@ def _backbone(inner: Any) -> nn.Module:
     """Return the module whose output is the backbone's feature maps."""
     if hasattr(inner, "backbone"):
         found: nn.Module = inner.backbone
-    else:  # DEIMv2's encoder of convolutions holds it, beside the projections
+    else:  # in a convolutional encoder; DEIMv2's also has projections
         encoder = inner.conv_encoder
         found = encoder.backbone if hasattr(encoder, "backbone") else encoder.model
     return found
 
 
 def _last_map(out: Any) -> Tensor:
-    """Return the last feature map of a backbone's result: maps, pairs of a map and its mask, or lists of them."""
+    """Return the last feature map of a backbone's output: maps, pairs of a map and its mask, or lists of them."""
     while not isinstance(out, Tensor):
         if hasattr(out, "feature_maps"):
             out = out.feature_maps

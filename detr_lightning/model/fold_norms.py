@@ -1,4 +1,4 @@
-"""Frozen norms taken into the convolutions before them, in networks that this package did not build."""
+"""Folding of frozen norms into the convolutions before them, in networks that this package did not build."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 FROZEN_EPS = 1e-5
-"""Added to the variance by frozen norms without an `eps` of their own, as in the official DETR."""
+"""The epsilon of frozen norms that have no `eps` attribute, as in the official DETR."""
 
 
 def fold_norms(model: nn.Module) -> nn.Module:
-    """Take each norm that directly follows a convolution into that convolution's weights, in place.
+    """Fold each norm that directly follows a convolution into that convolution's weights, in place.
 
-    Only norms over a batch are taken, whose statistics are fixed at inference; the results stay the same to rounding.
+    Only batch norms are folded, since their statistics are fixed at inference. Results stay the same up to rounding.
 
     Args:
-        model: In evaluation mode. Where two of a module's children are a convolution and the norm after it, the module
-            is taken to apply one after the other: so do all modules of the detectors here.
+        model: The model, in evaluation mode. If a convolution and a norm are consecutive children of a module, the
+            module is assumed to apply one after the other. All modules of the detectors here do.
     """
     for module in list(model.modules()):
         for (name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
@@ -34,7 +34,7 @@ def _is_batch_norm(norm: nn.Module) -> bool:
 
 
 def folded_weights(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
-    """Return the weight and the bias of a convolution that has taken a norm in, in float64: folding rounds once."""
+    """Return the weight and the bias of a convolution with a norm folded in, in float64, so as to round only once."""
     scale: Tensor = norm.weight.double() * (norm.running_var.double() + getattr(norm, "eps", FROZEN_EPS)).rsqrt()
     bias = torch.zeros_like(scale) if conv.bias is None else conv.bias.double()
     weight = conv.weight.detach().double() * scale[:, None, None, None]

@@ -1,4 +1,4 @@
-"""The image processor that a model was trained with, and its settings in the terms of this package."""
+"""The image processor that a model was trained with, and its settings as a `Preprocessing`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detr_lightning.model.weight_files import first_line
 
 
 class Processor:
-    """A model's own image processor. It travels to the data workers.
+    """A model's own image processor. It is sent to the data workers.
 
     Args:
         processor: An image processor of transformers.
@@ -26,7 +26,7 @@ class Processor:
         self.processor = processor
 
     def __call__(self, image: Any, size: Size) -> Tensor:
-        """Return the pixels of an RGB image of Pillow's, float32 `[3, height, width]`, at a height and width."""
+        """Return the pixels of an RGB Pillow image, resized to a height and width: float32 `[3, height, width]`."""
         height, width = size
         made = self.processor(images=image, size={"height": height, "width": width}, return_tensors="pt")
         pixels: Tensor = made["pixel_values"][0]
@@ -37,15 +37,16 @@ def load_processor(folder: Path, model_type: str) -> tuple[Processor, Preprocess
     """Return a folder's image processor, and its preprocessing.
 
     Raises:
-        FileNotFoundError: The folder has none.
-        InputError: It cannot be read, or its sizes cannot be planned.
+        FileNotFoundError: The folder has no image processor.
+        MissingPackageError: transformers is not installed, or too old for the model.
+        InputError: The image processor cannot be read, or its settings are not supported.
     """
     transformers = import_transformers(model_type)
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise FileNotFoundError(
-            f"{folder} has no preprocessor_config.json, which a {model_type} needs: it says how images become the "
+            f"{folder} has no preprocessor_config.json, which a {model_type} needs: it defines how images become the "
             "model's input. Save the model's image processor there (save_pretrained), or copy that file from the model "
-            "it was trained from."
+            "it was fine-tuned from."
         )
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(
@@ -63,12 +64,12 @@ def _described(processor: Any) -> Preprocessing:
     """Return the preprocessing of an image processor.
 
     Raises:
-        ValueError: Its sizes cannot be planned.
+        ValueError: Its settings are not supported.
     """
     if not processor.do_resize or not processor.do_rescale or abs(processor.rescale_factor - 1 / 255) > 1e-6:
-        raise ValueError("do_resize and do_rescale must be true, and rescale_factor 1/255.")
+        raise ValueError("do_resize and do_rescale must be true, and rescale_factor must be 1/255.")
     if getattr(processor, "pad_size", None):
-        raise ValueError(f"pad_size is {processor.pad_size}, and padding is not done.")
+        raise ValueError(f"pad_size is {processor.pad_size}, but padding is not supported.")
     name = type(processor).__name__
     first = name.startswith("RfDetr")  # It rescales, then resizes without antialiasing.
     normalised = processor.do_normalize
@@ -84,10 +85,10 @@ def _described(processor: Any) -> Preprocessing:
 
 
 def sides_of(size: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sides that an image processor's `size` asks for, as `Preprocessing` names them.
+    """Return the sides in an image processor's `size`, as `Preprocessing` names them.
 
     Raises:
-        InputError: It asks for something else, or for a side below 1.
+        InputError: `size` has other keys, or a side below 1.
     """
     given = {name: int(value) for name, value in size.items() if value is not None}
     if given.keys() == {"height", "width"}:
@@ -95,7 +96,7 @@ def sides_of(size: Mapping[str, Any]) -> dict[str, Any]:
     elif "shortest_edge" in given and given.keys() <= {"shortest_edge", "longest_edge"}:
         sides = {"short_side": given["shortest_edge"], "long_side": given.get("longest_edge")}
     else:
-        raise InputError(f"size is {given}; height and width, or shortest_edge with longest_edge, can be used.")
+        raise InputError(f"size is {given}, but must be height and width, or shortest_edge with longest_edge.")
     if any(side < 1 for side in given.values()):
-        raise InputError(f"size is {given}, and its sides must be at least 1.")
+        raise InputError(f"size is {given}, but its sides must be at least 1.")
     return sides

@@ -1,4 +1,4 @@
-"""The categories that logits stand for: their names, and their ids in COCO."""
+"""The names of the categories that logits stand for, and their COCO ids."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ STUFF = {
     192: "mountain-merged", 193: "grass-merged", 194: "dirt-merged", 195: "paper-merged", 196: "food-other-merged",
     197: "building-other-merged", 198: "rock-merged", 199: "wall-other-merged", 200: "rug-merged",
 }  # fmt: skip
-"""COCO's panoptic categories that are no objects, by id."""
+"""COCO's panoptic categories that are not objects, by id."""
 
 
 @functools.cache
 def coco_names() -> dict[int, str]:
-    """Return the names of COCO's 80 categories of objects by category id, 1 to 90 with gaps."""
+    """Return the names of COCO's 80 object categories by category id, 1 to 90 with gaps."""
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
@@ -31,32 +31,32 @@ def coco_names() -> dict[int, str]:
 
 
 def names_of_config(config: Mapping[str, Any]) -> dict[int, str] | None:
-    """Return the names in a Hugging Face config's `id2label`, or None where it has none of its own.
+    """Return the names in a Hugging Face config's `id2label`, or None if it has only placeholders.
 
     Raises:
-        ValueError: It is no mapping from numbers to names.
+        ValueError: `id2label` is not a mapping from numbers to names.
     """
     labels = config.get("id2label") or {}
     if not isinstance(labels, Mapping):
-        raise ValueError(f"id2label is a {type(labels).__name__}, and should map logit indices to names.")
+        raise ValueError(f"id2label is a {type(labels).__name__}, but must map logit indices to names.")
     try:
         names = {int(number): str(name) for number, name in labels.items()}
     except (TypeError, ValueError):
-        raise ValueError("id2label has an index that is no number.") from None
+        raise ValueError("id2label has an index that is not an integer.") from None
     names = {number: name for number, name in names.items() if name != "N/A" and not re.fullmatch(r"LABEL_\d+", name)}
     return names or None
 
 
 def coco_ids(names: Mapping[int, str] | None, num_categories: int) -> tuple[int, ...] | None:
-    """Return each logit's COCO category id, as far as the names are COCO's.
+    """Return each logit's COCO category id, or None if the names are not COCO's.
 
     Args:
         names: The names by logit index.
-        num_categories: The number of logits, "no object" left out.
+        num_categories: The number of logits without "no object".
 
     Returns:
-        Without names, or with COCO's at their ids, the indices themselves; with its 80 names in order from 0 the ids in
-        order; else None.
+        The indices themselves if there are no names, or if COCO's names are at their ids; COCO's ids in order if its 80
+        names are in order from index 0; None otherwise.
     """
     coco = coco_names()
     if not names or all(_same(name, (coco | STUFF).get(number, "")) for number, name in names.items()):
@@ -69,7 +69,7 @@ def coco_ids(names: Mapping[int, str] | None, num_categories: int) -> tuple[int,
 
 OLD_NAMES = {"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant",
              "diningtable": "dining table", "tvmonitor": "tv"}  # fmt: skip
-"""Names that some checkpoints keep from Pascal VOC's spelling of COCO's categories."""
+"""Pascal VOC's names of COCO's categories, which some checkpoints keep."""
 
 
 def _same(one: str, other: str) -> bool:
@@ -81,8 +81,8 @@ def compare_names(model: Mapping[int, str], annotated: Mapping[int, str]) -> tup
     """Compare the names of a model's categories with those in annotations, id by id.
 
     Returns:
-        The first differences in words, empty where all names agree, and whether none agrees. A model without names
-        differs from nothing.
+        A description of the first differences, empty if all names agree; and whether no name agrees. A model without
+        names counts as agreeing.
     """
     if not model:
         return "", False

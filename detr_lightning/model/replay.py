@@ -1,4 +1,4 @@
-"""A network on a GPU without the host's part in it: batches of one shape are replayed as a CUDA graph."""
+"""Batches of one shape replayed as a CUDA graph, so that the host does not launch each operator."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 class Replay:
     """Runs a network for inference on a GPU.
 
-    The network's hundreds of operators take the host about as long to launch as a small batch takes the GPU to compute,
-    and longer while other threads of the process are at work. From the second batch of a shape on, they are launched as
-    one: a CUDA graph, which computes the same bits. Batches come sorted by shape, so the last shape's graph is kept.
+    The host takes about as long to launch the network's hundreds of operators as the GPU takes to compute a small
+    batch, and longer while other threads of the process are busy. From the second batch of a shape on, they are
+    launched together, as a CUDA graph with bit-identical results. Only the last graph is kept: batches come sorted by
+    shape.
 
     Args:
-        network: A network whose operators depend on the shape of its input alone, and on none of its values.
+        network: A network whose operators depend only on the shape of its input, not on its values.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -28,8 +29,8 @@ class Replay:
         self._out: dict[str, Tensor] = {}
 
     def __call__(self, pixels: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return the network's result for pixels `[B, 3, h, w]` and no padding mask."""
-        # A graph reads the weights where they lay when it was captured.
+        """Return the network's result for pixels `[B, 3, h, w]` without a padding mask."""
+        # A graph reads the weights from their addresses at the time of capture.
         weights = [(weight.data_ptr(), weight.dtype) for weight in self._weights]
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         wanted = pixels.shape, pixels.stride(), pixels.dtype, keys, weights, autocast
@@ -47,11 +48,11 @@ class Replay:
     def _capture(self, pixels: Tensor, keys: tuple[str, ...]) -> None:
         self._pixels = torch.empty_like(pixels)
         graph = torch.cuda.CUDAGraph()
-        # Other threads allocate pinned memory and wait for copies meanwhile.
+        # Meanwhile, other threads allocate pinned memory and wait for copies.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._out = self._network(self._pixels, None, keys)
         self._graph = graph
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Be copied and pickled as the network alone: graphs can be neither copied nor pickled."""
+        """Copy and pickle only the network: graphs can be neither copied nor pickled."""
         return Replay, (self._network,)

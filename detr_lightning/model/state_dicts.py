@@ -1,4 +1,4 @@
-"""The part of a checkpoint that is a DETR: found below containers and prefixes, and named as in the official files."""
+"""Finds a DETR in a checkpoint, below containers and prefixes, and gives its tensors their official names."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema",
 
 OFFICIAL_MARK = "query_embed.weight"
 HUGGING_FACE_MARK = "query_position_embeddings.weight"
-"""A tensor that every DETR has, in each of the two layouts; whatever precedes it is a prefix."""
+"""A tensor that every DETR has, in each of the two layouts. Anything before this name is a prefix."""
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:(?:_orig_mod|module)\.)+")
-"""Prefixes that `torch.compile` and parallel wrappers put into names."""
+"""Prefixes that `torch.compile` and parallel wrappers add to names."""
 
 KINDS = {
     r"lora_[AB]\.": "a LoRA adapter without its base model; merge the two and save the result",
-    r"(^|\.)linear_class\.weight": "the small DETR of the paper's notebook, which is another network",
-    r"(^|\.)(bbox_head|rpn_head)\.": "a model of MMDetection",
-    r"(^|\.)roi_heads?\.": "a Faster R-CNN or one of its kin",
-    r"^model\.\d+\.": "a YOLO of Ultralytics",
+    r"(^|\.)linear_class\.weight": "the small DETR of the paper's notebook, which is a different network",
+    r"(^|\.)(bbox_head|rpn_head)\.": "an MMDetection model",
+    r"(^|\.)roi_heads?\.": "a Faster R-CNN or a relative",
+    r"^model\.\d+\.": "an Ultralytics YOLO",
     r"(^|\.)(enc_score_head|denoising_class_embed)\b": "an RT-DETR or a D-FINE",
     r"(^|\.)backbone\.0\.encoder\.": "an RF-DETR or an LW-DETR",
-    r"ca_qcontent_proj": "a Conditional DETR or one of its kin",
-    r"refpoint_embed|refpoint_embeddings": "a DAB-DETR or one of its kin",
-    r"sampling_offsets|level_embed": "a Deformable DETR or one of its kin",
-    r"^(body\.|backbone\.|resnet\.|module\.)?(layer1\.0\.conv1|conv1)\.weight": "a backbone alone",
+    r"ca_qcontent_proj": "a Conditional DETR or a relative",
+    r"refpoint_embed|refpoint_embeddings": "a DAB-DETR or a relative",
+    r"sampling_offsets|level_embed": "a Deformable DETR or a relative",
+    r"^(body\.|backbone\.|resnet\.|module\.)?(layer1\.0\.conv1|conv1)\.weight": "only a backbone",
 }
-"""Other models, by patterns that the names of their tensors match."""
+"""Other models, by patterns that match the names of their tensors."""
 
 
 def find_detr(name: str, content: Any, averaged: bool | None = None) -> tuple[dict[str, Tensor], str]:
@@ -44,24 +44,25 @@ def find_detr(name: str, content: Any, averaged: bool | None = None) -> tuple[di
     Args:
         name: The file, for messages.
         content: The unpickled object.
-        averaged: Whether to take the averaged (EMA) weights; None takes them only where there are no others.
+        averaged: Whether to take the averaged (EMA) weights; None takes them only if there are no others.
 
     Returns:
-        The tensors under their official names, and a remark on averaged weights for the user, empty where there are
-        none.
+        The tensors under their official names, and a remark on averaged weights for the user, empty if there are none.
 
     Raises:
-        InputError: It holds no DETR; the message names what it seems to be.
+        InputError: The file contains another model or no tensors, or lacks the weights that `averaged` asks for.
     """
     if not isinstance(content, Mapping):
-        raise InputError(f"{name} holds a {type(content).__name__}. Expected {{'model': state_dict}} or a state_dict.")
+        kind = type(content).__name__
+        raise InputError(f"{name} contains a {kind}. Expected {{'model': state_dict}} or a state_dict.")
     own, ema = _candidates(content)
     if not own and not ema:
         raise InputError(
-            f"{name} holds no tensors, but {_some(content)}. Expected {{'model': state_dict}} or a state_dict."
+            f"{name} contains no tensors. Its keys: {_first_keys(content)}. "
+            "Expected {'model': state_dict} or a state_dict."
         )
     if averaged and not ema:
-        raise InputError(f"{name} holds no averaged (EMA) weights. Leave model.ema out.")
+        raise InputError(f"{name} has no averaged (EMA) weights. Leave model.ema out.")
     remark = ""
     if ema:
         where, tensors = next(iter(ema.items()))
@@ -71,20 +72,20 @@ def find_detr(name: str, content: Any, averaged: bool | None = None) -> tuple[di
         else:
             remark = f"EMA weights from {where!r}, the only ones"
         if averaged is False and not own:
-            raise InputError(f"{name} holds only averaged (EMA) weights, in {where!r}. Leave model.ema out.")
+            raise InputError(f"{name} has only averaged (EMA) weights, in {where!r}. Leave model.ema out.")
         if use:
             return _official(name, tensors), remark
     return _official(name, next(iter(own.values()))), remark
 
 
 def taken_for(names: Iterable[str]) -> str | None:
-    """Return which other model tensors of these names belong to, or None where that is unknown."""
+    """Return the other model that tensors of these names belong to, or None if there is no known one."""
     names = list(names)
-    return next((kind for sign, kind in KINDS.items() if any(re.search(sign, name) for name in names)), None)
+    return next((kind for pattern, kind in KINDS.items() if any(re.search(pattern, name) for name in names)), None)
 
 
 def _candidates(content: Mapping[Any, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-    """Return the state_dicts of the model and of its average, each by where it was found, the likeliest first."""
+    """Return the state_dicts of the model and of its average by location, each with the likeliest first."""
     own = {key: tensors for key in CONTAINERS if (tensors := _tensors(content.get(key)))}
     ema = {key: tensors for key in AVERAGED if (tensors := _tensors(content.get(key)))}
     if not own and not ema and (tensors := _tensors(content)):
@@ -102,7 +103,7 @@ def _candidates(content: Mapping[Any, Any]) -> tuple[dict[str, dict[str, Tensor]
 
 
 def _tensors(value: Any) -> dict[str, Tensor]:
-    """Return the tensors of a state_dict, or of one that is a level further down."""
+    """Return the tensors of a state_dict, or of one nested in it."""
     if not isinstance(value, Mapping):
         return {}
     found = {WRAPPERS.sub("", k): v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
@@ -118,8 +119,8 @@ def _official(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     if kind := taken_for(tensors):
         raise InputError(
-            f"{name} was taken for {kind}: it holds {_telling(tensors)}. "
-            "A .pth or .ckpt file is read where it is a DETR's; other detectors as a folder in transformers' layout."
+            f"{name} looks like {kind}: it has the tensor {_matching_name(tensors)}. "
+            "Only a DETR is read from a .pth or .ckpt file; other detectors from a folder in transformers' layout."
         )
     if roots := _roots(tensors, OFFICIAL_MARK):
         return _below(tensors, roots[0])
@@ -127,18 +128,18 @@ def _official(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a DETR's tensors under their official names, from those that transformers, or training with it, saved."""
+    """Give a DETR's tensors their official names; transformers, or training with it, saved them."""
     tensors = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     roots = _roots(tensors, HUGGING_FACE_MARK)
     return to_official(_below(tensors, roots[0].removesuffix("model.") if roots else ""))
 
 
-def _telling(tensors: Mapping[str, Tensor]) -> str:
-    return next(name for sign in KINDS for name in tensors if re.search(sign, name))
+def _matching_name(tensors: Mapping[str, Tensor]) -> str:
+    return next(name for pattern in KINDS for name in tensors if re.search(pattern, name))
 
 
 def _roots(tensors: Iterable[str], mark: str) -> list[str]:
-    """Return the prefixes under which there is a DETR, the shortest first."""
+    """Return the prefixes of the DETRs in a state_dict, the shortest first."""
     roots = (name.removesuffix(mark) for name in tensors if name.endswith(mark))
     return sorted((root for root in roots if not root or root.endswith(".")), key=len)
 
@@ -147,5 +148,5 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _some(content: Mapping[Any, Any]) -> str:
-    return ", ".join(map(repr, list(content)[:6])) or "nothing"
+def _first_keys(content: Mapping[Any, Any]) -> str:
+    return ", ".join(map(repr, list(content)[:6])) or "none"

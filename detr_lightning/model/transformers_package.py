@@ -1,4 +1,4 @@
-"""transformers, where it is installed: the other detectors' networks and image processors are its own."""
+"""The optional transformers package, whose networks and image processors the other detectors use."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from detr_lightning.errors import MissingPackageError
 
 MIN_TRANSFORMERS = "5.9"
-"""The lowest release that has all of `family.MODEL_TYPES`."""
+"""The first release with all of `family.MODEL_TYPES`."""
 
 INSTALL = "pip install 'detr-lightning[family]'"
 
 
 def import_transformers(model_type: str) -> Any:
-    """Return transformers, if it is installed and knows the model.
+    """Return the transformers package.
 
     Raises:
-        MissingPackageError: It is not; the message has the command that installs it.
+        MissingPackageError: It is not installed, or too old for the model; the message has the install command.
     """
     try:
         import transformers
@@ -28,7 +28,7 @@ def import_transformers(model_type: str) -> Any:
         ) from error
     if model_type not in transformers.CONFIG_MAPPING:
         raise MissingPackageError(
-            f"A {model_type} needs transformers {MIN_TRANSFORMERS} or later, and {transformers.__version__} is "
+            f"A {model_type} needs transformers {MIN_TRANSFORMERS} or later, but {transformers.__version__} is "
             f"installed: {INSTALL}."
         )
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -37,7 +37,7 @@ def import_transformers(model_type: str) -> Any:
 
 @contextmanager
 def without_report(transformers: Any) -> Iterator[None]:
-    """Keep transformers from also printing the problems that this package raises as errors."""
+    """Keep transformers from printing the problems that this package raises as errors."""
     logging = transformers.utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()

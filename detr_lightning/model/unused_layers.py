@@ -1,4 +1,4 @@
-"""Layers of a backbone that nothing reads, in networks that this package did not build."""
+"""Removal of unused backbone layers from networks that this package did not build."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 
 
 def drop_unused_layers(model: nn.Module) -> nn.Module:
-    """Drop the layers after the last one whose features a vision transformer returns, in place.
+    """Drop the layers of a vision transformer after the last one whose features it returns, in place.
 
-    RF-DETR and LW-DETR read the features of chosen layers, and the last of all is not among them; transformers computes
-    it all the same. Stages are named `stem`, `stage1`, ..., each the output of one layer.
+    RF-DETR and LW-DETR read the features of some layers, but not of the last, which transformers computes all the same.
+    Stages are named `stem`, `stage1`, ..., each the output of one layer.
     """
     modules: list[Any] = list(model.modules())
     for module in modules:

@@ -1,4 +1,4 @@
-"""Files of weights: hashed, and read without running any code in them."""
+"""Weight files: hashing them, and reading them without running any code in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detr_lightning.errors import InputError
 
 
 def sha256_of(files: Iterable[Path]) -> str:
-    """Return the sha256 of files, as if they were one."""
+    """Return the sha256 of the concatenated files."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -26,7 +26,7 @@ def sha256_of(files: Iterable[Path]) -> str:
 
 
 class _Inert(dict[Any, Any]):
-    """Takes the place of other objects that training scripts save beside weights, and does nothing."""
+    """Stands in for other objects that training scripts save beside weights, and does nothing."""
 
     def __new__(cls, *_args: Any) -> _Inert:
         return dict.__new__(cls)
@@ -51,7 +51,7 @@ BESIDE_WEIGHTS = (
     "lightning_fabric.utilities.data.AttributeDict",
     "pytorch_lightning.utilities.parsing.AttributeDict",
 )
-"""Classes of metrics, paths and settings in checkpoints; nothing of them runs, `_Inert` takes their place."""
+"""Classes of metrics, paths and settings in checkpoints. None of their code runs: `_Inert` stands in for them."""
 
 _STAND_INS = [
     type(name.rpartition(".")[2], (_Inert,), {"__module__": name.rpartition(".")[0]}) for name in BESIDE_WEIGHTS
@@ -59,15 +59,15 @@ _STAND_INS = [
 
 
 def read_pickled(path: Path) -> Any:
-    """Read a file of `torch.save`, in its present or its old format, with tensors mapped from the file where possible.
+    """Read a file written by `torch.save`, in the current or the legacy format; tensors are memory-mapped if possible.
 
-    Nothing but tensors, plain containers and `argparse.Namespace` is accepted; `BESIDE_WEIGHTS` are left out.
+    Only tensors, plain containers and `argparse.Namespace` are accepted; `BESIDE_WEIGHTS` are left out.
 
     Raises:
-        InputError: The file is none of torch's, is cut off, or asks for anything else while it is read.
+        InputError: The file was not written by torch, is truncated, or needs anything else to be read.
     """
     if kind := _other_format(path):
-        raise InputError(f"{path} is {kind}. Expected what torch.save wrote: {{'model': state_dict}} or a state_dict.")
+        raise InputError(f"{path} is {kind}. Expected a file from torch.save: {{'model': state_dict}} or a state_dict.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_STAND_INS]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -77,17 +77,17 @@ def read_pickled(path: Path) -> Any:
         wanted = re.search(r"Unsupported (?:global|class|operand).*?([\w.]+\.\w+)", str(error))
         if wanted:
             raise InputError(
-                f"{path} was refused: reading it would run {wanted[1]}, which weights do not need. Nothing was run. "
+                f"{path} was refused: reading it would run {wanted[1]}, which weights do not need. No code was run. "
                 "If you trust its author, load it yourself and save {'model': model.state_dict()}."
             ) from None
         raise InputError(
-            f"{path} is no whole file of weights: torch cannot read it. Expected what torch.save wrote: "
-            "{'model': state_dict} or a state_dict. Was it cut off while it was copied?"
+            f"{path} is not a complete weight file: torch cannot read it. Expected a file from torch.save: "
+            "{'model': state_dict} or a state_dict. Was the copy or download cut off?"
         ) from error
 
 
 def _other_format(path: Path) -> str | None:
-    """Return the kind of a file that torch.load does not read, or None."""
+    """Return the kind of file, if it is one that `torch.load` does not read."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"\x08") and b"pytorch" in start:

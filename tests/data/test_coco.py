@@ -157,7 +157,7 @@ def test_ground_truth_is_of_the_images_asked_for(tmp_path: Path) -> None:
     truth = read.ground_truth([9, 8])
     assert truth["images"] == [{"id": 8}, {"id": 9}]
     assert [entry["image_id"] for entry in truth["annotations"]] == [8]
-    with pytest.raises(InputError, match="no annotation for any of the 1 images"):
+    with pytest.raises(InputError, match="no annotations for any of the 1 images"):
         read.ground_truth([9])
 
 

@@ -85,7 +85,7 @@ def test_images_that_are_left_out_are_named(tmp_path: Path) -> None:
     Image.new("RGB", (80, 64)).save(tmp_path / "1.png")
     for name in ("a.jxl", "b.jxl", "c.jfif", "notes.txt"):
         (tmp_path / name).touch()
-    with pytest.warns(DETRLightningWarning, match=r"extension is not read: 1 \.jfif, 2 \.jxl\. They are left out"):
+    with pytest.warns(DETRLightningWarning, match=r"unsupported extensions: 1 \.jfif, 2 \.jxl\. They are left out"):
         COCODataModule(str(tmp_path), **SMALL).setup()
     (tmp_path / "1.png").unlink()
     with pytest.raises(SettingError, match=r"it has 1 \.jfif, 2 \.jxl, 1 \.txt"):
@@ -120,7 +120,7 @@ def test_sides_are_the_models_unless_they_are_given() -> None:
     data = COCODataModule("")
     data.use_model(Model())
     assert data.resize((100, 300)) == (640, 640)
-    with pytest.raises(SettingError, match=r"data\.long_side is set, but the model takes images of 640x640"):
+    with pytest.raises(SettingError, match=r"data\.long_side is set, but the model only takes images of 640x640"):
         COCODataModule("", long_side=900).use_model(Model())
 
 

@@ -170,8 +170,8 @@ class TestReadPixels:
     @pytest.mark.parametrize(
         ("values", "reason"),
         [
-            (np.array([[0, 70_000]], np.int32), "32 bits"),
-            (np.array([[-5, 100]], np.int32), "with a sign"),
+            (np.array([[0, 70_000]], np.int32), "32-bit"),
+            (np.array([[-5, 100]], np.int32), "signed"),
             *(
                 (np.array([[0.5, value]], np.float32), "floats outside of 0 to 1")
                 for value in (np.nan, np.inf, -0.1, 255)
@@ -262,7 +262,7 @@ class TestReadPixels:
     )
     def test_what_is_recognised_is_named(self, tmp_path: Path, backend: str, begin: bytes, name: str) -> None:
         (tmp_path / "a.jpg").write_bytes(begin + bytes(64))
-        with pytest.raises(UnreadableImageError, match=rf"a\.jpg: {name}.*, which is not read here"):
+        with pytest.raises(UnreadableImageError, match=rf"a\.jpg: {name}.*, which is not supported here"):
             read_image(tmp_path / "a.jpg", ImageRecord(1, "a.jpg", 64, 48), (30, 40), backend)
 
     @pytest.mark.skipif(not features.check("avif"), reason="this Pillow does not read AVIF")
@@ -277,7 +277,7 @@ class TestReadPixels:
         difference = array_of(read(tmp_path / "a.heic", (48, 64), backend)).astype(int) - np.asarray(photo())
         assert np.abs(difference).mean() < 10
         monkeypatch.setattr(formats, "formats", lambda: formats.FORMATS)
-        with pytest.raises(UnreadableImageError, match=r"HEIC, which is not read here.*detr-lightning\[heif\]"):
+        with pytest.raises(UnreadableImageError, match=r"HEIC, which is not supported here.*detr-lightning\[heif\]"):
             read_image(tmp_path / "a.heic", ImageRecord(1, "a.heic", 64, 48), (30, 40), backend)
 
     def test_folder_instead_of_a_file(self, tmp_path: Path, backend: str) -> None:

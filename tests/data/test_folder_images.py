@@ -84,7 +84,7 @@ def test_unreadable_headers_do_not_stop_it(tmp_path: Path) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(ValueError, match=r"No image in .* looked for \.jpg, .*\.tiff"):
+    with pytest.raises(ValueError, match=r"No images in .* looked for \.jpg, .*\.tiff"):
         read_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_folder(tmp_path / "nowhere")

@@ -24,7 +24,7 @@ def test_subsets() -> None:
 
 def test_file_names_choose_too() -> None:
     assert [record.image_id for record in select(RECORDS, image_ids=["20.jpg", 10])] == [10, 20]
-    with pytest.raises(ValueError, match=r"'3.jpg', which is no image's file name\. Did you mean '30.jpg'"):
+    with pytest.raises(ValueError, match=r"'3.jpg', but no image has that file name\. Did you mean '30.jpg'"):
         select(RECORDS, image_ids=["3.jpg"])
 
 
@@ -45,7 +45,7 @@ def test_a_file_of_ids_and_names(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data\.image_ids names .*gone\.txt"):
         read_image_ids(tmp_path / "gone.txt")
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="is no text"):
+    with pytest.raises(InputError, match="is not text"):
         read_image_ids(path)
 
 

@@ -65,8 +65,8 @@ class TestReadCoco:
     @pytest.mark.parametrize(
         ("document", "message"),
         [
-            ([], "list is a file of results"),
-            ("images", "holds a str"),
+            ([], "list is the format of results"),
+            ("images", "contains a str"),
             ({}, "no list 'images'.* It is empty"),
             ({"info": {}, "annotations": []}, "no list 'images'.* Its keys: 'info', 'annotations'"),
             ({"images": {"1": image()}}, "no list 'images'"),
@@ -118,7 +118,7 @@ class TestReadCoco:
     def test_not_json(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "annotations.json"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"annotations\.json (is not JSON|has no list)"):
+        with pytest.raises(ValueError, match=r"annotations\.json (cannot be read as JSON|has no list)"):
             read_coco(tmp_path, path)
 
     def test_missing(self, tmp_path: Path) -> None:

@@ -25,5 +25,5 @@ def test_single_tensors_are_read_from_any_file_that_torch_reads(tmp_path: Path) 
             assert torch.equal(reader.read(path, "query_embeddings"), tensors["query_embeddings"])
     legacy = tmp_path / "legacy.pt"
     torch.save({"query_embeddings": base}, legacy, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"legacy\.pt does not read"):  # Cannot be mapped; none of ours is like it.
+    with pytest.raises(ValueError, match=r"legacy\.pt cannot be read"):  # Cannot be mapped; none of ours is like it.
         reader.read(legacy, "query_embeddings")

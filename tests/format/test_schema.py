@@ -69,12 +69,12 @@ def test_one_level_is_a_feature_size_and_several_are_feature_sizes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id": -1}, "id is -1, no image id"),
-        ({"id": 10**12}, "no image id"),
-        ({"id": True}, "no image id"),
+        ({"id": -1}, "id is -1, not an image id"),
+        ({"id": 10**12}, "not an image id"),
+        ({"id": True}, "not an image id"),
         ({"file_name": None}, "file_name is missing"),
         ({"width": "64"}, "width is '64', not of type int"),
-        ({"input_size": [480]}, r"input_size is \[480\], no height and width"),
+        ({"input_size": [480]}, r"input_size is \[480\], not a height and width"),
         ({"feature_size": [1, 2.5]}, "feature_size is"),
         ({"checksum": 12}, "checksum is 12, not of type str"),
         ({"bytes": [1]}, "bytes is"),

@@ -81,7 +81,7 @@ def test_the_table_of_another_program_is_refused(tmp_path: Path) -> None:
     [
         ("s3://bucket/out", "status 501 Not Implemented: If-None-Match", "needs conditional writes"),
         ("s3://bucket/out", "incompatible with concurrent transaction UpdateConfig", "Run the same command again"),
-        ("s3://bucket/out", "403 Forbidden", "the server refuses access .*Check AWS_ACCESS_KEY_ID"),
+        ("s3://bucket/out", "403 Forbidden", "the server denies access .*Check AWS_ACCESS_KEY_ID"),
         ("s3://bucket/out", "dns error", "Check the address and the credentials"),
         ("out", "No space left on device", "Free some space"),
     ],

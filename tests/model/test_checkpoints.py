@@ -162,9 +162,9 @@ class TestContainers:
         assert_same(checkpoints.load(path, ema=True), state)
 
     def test_averaged_weights_that_are_not_there(self, state: State, save: Callable[..., str]) -> None:
-        with pytest.raises(ValueError, match=r"holds no averaged \(EMA\) weights. Leave model.ema out"):
+        with pytest.raises(ValueError, match=r"has no averaged \(EMA\) weights. Leave model.ema out"):
             checkpoints.load(save({"model": state}), ema=True)
-        with pytest.raises(ValueError, match=r"holds only averaged"):
+        with pytest.raises(ValueError, match=r"has only averaged"):
             checkpoints.load(save({"ema": state}), ema=False)
 
     def test_what_lies_beside_the_weights(self, state: State, save: Callable[..., str]) -> None:
@@ -176,16 +176,16 @@ class TestContainers:
     @pytest.mark.parametrize(
         ("names", "kind"),
         [
-            (["bbox_head.fc_cls.weight", "backbone.conv1.weight"], "a model of MMDetection"),
+            (["bbox_head.fc_cls.weight", "backbone.conv1.weight"], "an MMDetection model"),
             (["linear_class.weight", "row_embed"], "the small DETR of the paper's notebook"),
-            (["model.0.conv.weight"], "a YOLO of Ultralytics"),
+            (["model.0.conv.weight"], "an Ultralytics YOLO"),
             (["decoder.enc_score_head.weight"], "an RT-DETR or a D-FINE"),
             (["backbone.0.encoder.encoder.x", "refpoint_embed.weight"], "an RF-DETR or an LW-DETR"),
-            (["layer1.0.conv1.weight", "fc.weight"], "a backbone alone"),
+            (["layer1.0.conv1.weight", "fc.weight"], "only a backbone"),
         ],
     )
     def test_other_models_are_named(self, save: Callable[..., str], names: list[str], kind: str) -> None:
-        with pytest.raises(ValueError, match=rf"detr.pth was taken for {kind}.*: it holds {re.escape(names[0])}"):
+        with pytest.raises(ValueError, match=rf"detr.pth looks like {kind}.*: it has the tensor {re.escape(names[0])}"):
             checkpoints.load(save({"model": dict.fromkeys(names, torch.ones(2, 2))}))
 
     def test_other_formats_are_named(self, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ class TestWhatTensorsDoNotTell:
     def test_defaults_are_said(self, state: State, save: Callable[..., str]) -> None:
         notes = checkpoints.load(save(state)).notes
         assert notes == (
-            "DETR-R17: 8 heads (the default: the file does not say), not dilated (the default: the file does not say)"
+            "DETR-R17: 8 heads (the default: not stated in the file), not dilated (the default: not stated in the file)"
         )
 
     @pytest.mark.parametrize("args", [Namespace(nheads=4, dilation=True), {"nheads": 4, "dilation": True}])
@@ -255,14 +255,14 @@ class TestRefused:
         [
             ({"input_proj.bias": None}, r"detr.pth does not fit a DETR-R17: input_proj.bias is missing\."),
             ({"input_proj.extra": torch.ones(1)}, r"input_proj.extra is unknown\."),
-            ({"input_proj.bias": torch.ones(3)}, r"input_proj.bias is \[3\] and not \[32\]\."),
+            ({"input_proj.bias": torch.ones(3)}, r"input_proj.bias is \[3\], not \[32\]\."),
             (
                 {"transformer.decoder.norm.weight": None, "bbox_embed.layers.0.bias": None},
                 r"norm.weight is missing; bbox",
             ),
-            ({"query_embed.weight": None}, r"no DETR: query_embed.weight is missing"),
-            ({"class_embed.weight": torch.ones(3)}, r"no DETR: class_embed.weight is misshaped"),
-            ({"transformer.level_embed": torch.ones(4, 32)}, r"was taken for a Deformable DETR"),
+            ({"query_embed.weight": None}, r"not a DETR: query_embed.weight is missing"),
+            ({"class_embed.weight": torch.ones(3)}, r"not a DETR: class_embed.weight is misshaped"),
+            ({"transformer.level_embed": torch.ones(4, 32)}, r"looks like a Deformable DETR"),
             ({"transformer.encoder.norm.weight": torch.ones(32)}, r"transformer.encoder.norm.bias is missing"),
             ({"backbone.1.row_embed.weight": torch.ones(50, 16)}, r"backbone.1.col_embed.weight is missing"),
             (
@@ -287,7 +287,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"model": [1]}, {}], ids=str)
     def test_files_without_weights(self, save: Callable[..., str], content: Any) -> None:
-        with pytest.raises(ValueError, match=r"detr.pth holds .*Expected {'model': state_dict} or a state_dict"):
+        with pytest.raises(ValueError, match=r"detr.pth contains .*Expected {'model': state_dict} or a state_dict"):
             checkpoints.load(save(content))
 
     @pytest.mark.parametrize("damage", ["empty", "text", "cut off", "cut off, old format"])
@@ -297,13 +297,13 @@ class TestRefused:
             path.write_text("<!DOCTYPE html><title>404</title>")
         else:
             path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else 100_000])
-        with pytest.raises(ValueError, match=r"detr.pth is no whole file of weights"):
+        with pytest.raises(ValueError, match=r"detr.pth is not a complete weight file"):
             checkpoints.load(str(path))
 
     @pytest.mark.parametrize("new_format", [True, False])
     def test_files_that_would_run_code(self, tmp_path: Path, save: Callable[..., str], new_format: bool) -> None:
         path = save({"model": Malicious(tmp_path / "ran")}, _use_new_zipfile_serialization=new_format)
-        with pytest.raises(ValueError, match=r"detr.pth was refused: reading it would run \S*open.* Nothing was run"):
+        with pytest.raises(ValueError, match=r"detr.pth was refused: reading it would run \S*open.* No code was run"):
             checkpoints.load(path)
         assert not (tmp_path / "ran").exists()
 
@@ -316,12 +316,12 @@ class TestRefused:
 
     def test_a_safetensors_file_without_its_config(self, tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(b"")
-        with pytest.raises(ValueError, match=r"Give its folder"):
+        with pytest.raises(ValueError, match=r"Give the folder"):
             checkpoints.load(str(tmp_path / "model.safetensors"))
 
     @pytest.mark.parametrize("path", ["missing.pth", "./missing", "/no/such/folder", "~/no such folder"])
     def test_missing_paths(self, path: str) -> None:
-        with pytest.raises(FileNotFoundError, match=rf"model.weights: there is no file or folder '{path}'"):
+        with pytest.raises(FileNotFoundError, match=rf"model.weights: the file or folder '{path}' does not exist"):
             checkpoints.load(path)
 
     def test_unknown_names(self) -> None:
@@ -440,8 +440,8 @@ class TestHuggingFace:
             ({"rescale_factor": 1}, r"rescale_factor is 1"),
             ({"resample": 3}, r"resample is 3"),
             ({"do_resize": False}, r"do_resize is False"),
-            ({"image_std": [0.5, 0.5]}, r"three of each"),
-            ([], r"preprocessor_config.json holds a list"),
+            ({"image_std": [0.5, 0.5]}, r"both need three values"),
+            ([], r"preprocessor_config.json contains a list"),
         ],
     )
     def test_preprocessor_configs(self, folder: Path, config: Any, expected: Preprocessing | str) -> None:
@@ -463,11 +463,11 @@ class TestHuggingFace:
         index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
         (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(FileNotFoundError, match=r"names model-00002-of-00002.safetensors, which is not there"):
+        with pytest.raises(FileNotFoundError, match=r"lists model-00002-of-00002.safetensors, which does not exist"):
             checkpoints.load(str(folder))
 
     def test_averaged_weights_are_no_choice_of_a_folder(self, folder: Path) -> None:
-        with pytest.raises(ValueError, match=r"model.ema belongs to a file"):
+        with pytest.raises(ValueError, match=r"model.ema works only with a weight file"):
             checkpoints.load(str(folder), ema=True)
 
     def test_other_ways_to_store_the_same(self, folder: Path, reference: Any) -> None:
@@ -499,7 +499,7 @@ class TestHuggingFace:
         [
             ({"activation_function": "gelu"}, r"activation_function is 'gelu'"),
             ({"position_embedding_type": "rotary"}, r"position_embedding_type is 'rotary'"),
-            ({"decoder_attention_heads": 8}, r"decoder_attention_heads is 8, and only 4"),
+            ({"decoder_attention_heads": 8}, r"decoder_attention_heads is 8, but only 4"),
             ({"dilation": True}, r"dilation is True"),
             ({"backbone_config__hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
             ({"backbone_config__downsample_in_first_stage": True}, r"downsample_in_first_stage is True"),
@@ -515,7 +515,7 @@ class TestHuggingFace:
         [
             ({"backbone_config__backbone": "resnet50d"}, r"backbone is 'resnet50d'"),
             ({"backbone_config__output_stride": 8}, r"output_stride is 8"),
-            ({"dilation": True}, r"output_stride is 32 and dilation True"),
+            ({"dilation": True}, r"output_stride is 32 and dilation is True"),
         ],
     )
     def test_other_timm_backbones_are_refused(self, timm_folder: Path, config: dict[str, Any], message: str) -> None:
@@ -528,16 +528,16 @@ class TestHuggingFace:
         with pytest.raises(ValueError, match=r"my-detr has dilation False \(from its config.json\)"):
             checkpoints.load(path, dilation=True)
         change(timm_folder, dilation=True)
-        with pytest.raises(ValueError, match=r"only ResNets of bottleneck blocks.* This is a DETR-R18\."):
+        with pytest.raises(ValueError, match=r"only ResNets with bottleneck blocks.* This is a DETR-R18\."):
             checkpoints.load(path)
 
     def test_damage(self, folder: Path) -> None:
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:100_000])
-        with pytest.raises(ValueError, match=r"model.safetensors is no whole safetensors file"):
+        with pytest.raises(ValueError, match=r"model.safetensors is not a complete safetensors file"):
             checkpoints.load(str(folder))
         weights.unlink()
-        with pytest.raises(FileNotFoundError, match=r"my-detr has a config.json and no weights. Expected one of model"):
+        with pytest.raises(FileNotFoundError, match=r"my-detr has a config.json but no weights. Expected one of model"):
             checkpoints.load(str(folder))
         (folder / "config.json").write_text("{")
         with pytest.raises(ValueError, match=r"config.json: "):
@@ -575,7 +575,7 @@ class TestHuggingFace:
             raise OSError("no route to host\nand much more")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        with pytest.raises(ConnectionError, match=r"'someone/detr' is no file or folder .* no route to host$"):
+        with pytest.raises(ConnectionError, match=r"'someone/detr' is not a local file or folder.* no route to host$"):
             checkpoints.load("someone/detr")
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
         with pytest.raises(ModuleNotFoundError, match=r"pip install huggingface_hub"):

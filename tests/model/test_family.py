@@ -214,7 +214,7 @@ def test_the_page_has_the_sizes_of_the_default_configurations() -> None:
 
 class TestRefused:
     def test_other_models(self, folder: Path) -> None:
-        with pytest.raises(ValueError, match=r"a model of type 'yolos', .*can be: detr, table-transformer, .*lw_detr"):
+        with pytest.raises(ValueError, match=r"a model of type 'yolos', .*types: detr, table-transformer, .*lw_detr"):
             checkpoints.load(change(folder, model_type="yolos"))
         with pytest.raises(ValueError, match=r"a model of type 'my_own'"):
             checkpoints.load(change(folder, model_type="my_own", auto_map={"AutoConfig": "x--y.Z"}))
@@ -232,7 +232,7 @@ class TestRefused:
         ("changes", "message"),
         [
             ({"do_resize": False}, "do_resize and do_rescale must be true"),
-            ({"rescale_factor": 1.0}, "rescale_factor 1/255"),
+            ({"rescale_factor": 1.0}, "rescale_factor must be 1/255"),
             ({"size": {"max_height": 64, "max_width": 96}}, "size is"),
             ({"size": {"height": 80, "width": 80}}, "does not run on an image of 80x80 pixels .* Check `size`"),
         ],
@@ -246,13 +246,13 @@ class TestRefused:
     ) -> None:
         monkeypatch.setattr("detr_lightning.model.family.PROBE", (80, 80))
         free = change(folder, "preprocessor_config.json", size=SIDES)
-        with pytest.raises(ValueError, match=r"does not run on an image of 80x80 pixels .* leaves the size open"):
+        with pytest.raises(ValueError, match=r"does not run on an image of 80x80 pixels .* sets no fixed size"):
             checkpoints.load(free)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"num_queries": 12}, r"does not fit its config, a rf_detr: model\.\S+ is \[18, .* and not \[24"),
+            ({"num_queries": 12}, r"does not fit its config, a rf_detr: model\.\S+ is \[18, .*, not \[24"),
             ({"decoder_layers": 4}, r"model\.decoder\.layers\.3\.\S+ is missing"),
             ({"decoder_layers": 2}, r"model\.decoder\.layers\.2\.\S+ is unknown"),
         ],
@@ -275,10 +275,10 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"could not be read as a rf_detr: "):
             checkpoints.load(str(folder))
         weights.rename(folder / "pytorch_model.bin")
-        with pytest.raises(ValueError, match=r"A rf_detr is read from safetensors alone"):
+        with pytest.raises(ValueError, match=r"A rf_detr is read only from safetensors"):
             checkpoints.load(str(folder))
         (folder / "pytorch_model.bin").unlink()
-        with pytest.raises(FileNotFoundError, match=r"has a config.json and no weights"):
+        with pytest.raises(FileNotFoundError, match=r"has a config.json but no weights"):
             checkpoints.load(str(folder))
 
     def test_a_model_whose_last_layer_does_not_predict(self, folder: Path) -> None:
@@ -290,7 +290,7 @@ class TestRefused:
         with monkeypatch.context() as patch:
             patch.setattr(transformers, "CONFIG_MAPPING", {})
             with pytest.raises(
-                ImportError, match=r"needs transformers 5\S* or later, and .* is installed: pip install"
+                ImportError, match=r"needs transformers 5\S* or later, but .* is installed: pip install"
             ):
                 checkpoints.load(str(folder))
         monkeypatch.setitem(sys.modules, "transformers", None)

@@ -22,8 +22,8 @@ def test_sides(size: dict[str, Any], sides: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ({"height": 64}, "size is .*height and width, or shortest_edge with longest_edge, can be used"),
-        ({"shortest_edge": 480, "max_height": 600}, "can be used"),
+        ({"height": 64}, "size is .* must be height and width, or shortest_edge with longest_edge"),
+        ({"shortest_edge": 480, "max_height": 600}, "must be height and width"),
         ({"height": 0, "width": 96}, "must be at least 1"),
     ],
 )

@@ -17,7 +17,7 @@ def test_misfits_are_named_and_counted() -> None:
 def test_values_that_are_not_finite_are_named_and_counted() -> None:
     good, bad = torch.ones(2), torch.tensor([1, torch.inf])
     refuse_non_finite("detr.pth", {"a": good, "b": torch.tensor([2])})
-    with pytest.raises(ValueError, match=r"^detr.pth has values that are not finite, in b: its training diverged"):
+    with pytest.raises(ValueError, match=r"^detr.pth has values that are not finite, in b: the training diverged"):
         refuse_non_finite("detr.pth", {"a": good, "b": bad})
     with pytest.raises(ValueError, match=r"not finite, in b and 1 other tensor: "):
         refuse_non_finite("detr.pth", {"a": good, "b": bad, "c": bad * torch.nan})

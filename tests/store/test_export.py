@@ -96,7 +96,7 @@ def test_an_export_that_fails_leaves_what_was_there(store: EmbeddingStore, tmp_p
         assert (tmp_path / name).read_text() == "before"
     store.path(37).unlink()  # In the second block.
     for name in ("b.npy", "b.parquet"):
-        with pytest.raises(FileNotFoundError, match="is gone"):
+        with pytest.raises(FileNotFoundError, match="was removed"):
             export(store, tmp_path / name, name[2:])
     assert not list(tmp_path.glob("b.*"))
     assert not list(tmp_path.glob(".*"))

@@ -83,7 +83,7 @@ def test_folders_that_are_no_finished_extraction(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ("[1]", "lacks image_ids, num_images"),
-        ('{"name": "another", "image_ids": []}', "another program's or too old: it lacks num_images, extract_type"),
+        ('{"name": "another", "image_ids": []}', "another program, or is too old: it lacks num_images, extract_type"),
     ],
 )
 def test_foreign_metadata(tmp_path: Path, content: str, message: str) -> None:

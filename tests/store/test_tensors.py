@@ -27,8 +27,8 @@ def test_single_tensors_equal_those_of_the_whole_file(tmp_path: Path, key: str, 
 def test_a_missing_or_damaged_file_is_named(store: EmbeddingStore) -> None:
     store.path(7).unlink()
     store.path(17).write_bytes(store.path(17).read_bytes()[:1000])
-    with pytest.raises(FileNotFoundError, match=r"embedding_000000000007\.pt is gone.*verify"):
+    with pytest.raises(FileNotFoundError, match=r"embedding_000000000007\.pt was removed.*verify"):
         store.stack("query_embeddings")
     for read in (lambda: store[17], lambda: store.load(17, "query_embeddings")):
-        with pytest.raises(ValueError, match=r"embedding_000000000017\.pt does not read.*verify"):
+        with pytest.raises(ValueError, match=r"embedding_000000000017\.pt cannot be read.*verify"):
             read()

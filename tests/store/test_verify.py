@@ -135,7 +135,7 @@ def test_metadata_that_disagrees(store: EmbeddingStore) -> None:
         ({"model": {"architecture": {"block": "basic"}}}, "model.weights is missing"),
         ({"model": {"weights": "", "sha256": "", "architecture": {}}}, "model.architecture is incomplete"),
         ({"model": 3}, "model is 3, not of type dict"),
-        ({"failed": [17]}, "failed: an image's entry is 17, no object"),
+        ({"failed": [17]}, "failed: an image's entry is 17, not an object"),
         ({"images": list(reversed(store.metadata["images"])), "image_ids": [37, 27, 17, 7]}, "not ascending"),
         ({"images": [without("feature_size", image) for image in store.metadata["images"]]}, "no feature_size"),
         ({"images": [without("file_name", image) for image in store.metadata["images"]]}, "file_name is missing"),

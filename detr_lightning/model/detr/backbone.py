@@ -1,4 +1,4 @@
-"""The convolutional body: torchvision's ResNet up to its last feature map, every norm frozen."""
+"""The convolutional body: torchvision's ResNet up to its last feature map, with frozen norms."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Backbone(nn.Module):
 
     Args:
         block: `basic` (ResNet-18, -34) or `bottleneck` (ResNet-50 and deeper).
-        blocks: How many blocks each of the four stages has.
-        dilation: Dilate the last stage instead of striding it, which doubles the feature map's resolution (DC5).
+        blocks: The number of blocks in each of the four stages.
+        dilation: Dilate the last stage instead of striding it, which doubles the resolution of the feature map (DC5).
     """
 
     def __init__(self, block: str, blocks: tuple[int, ...], dilation: bool = False) -> None:
@@ -29,7 +29,7 @@ class Backbone(nn.Module):
             norm_layer=FrozenBatchNorm2d,
             replace_stride_with_dilation=[False, False, dilation],
         )
-        # All but the average pooling and the classifier.
+        # All layers except the average pooling and the classifier.
         self.body = nn.Sequential(OrderedDict(islice(resnet.named_children(), 8)))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Convolutions through cuDNN, for inference on a GPU: bias, shortcut and ReLU in the same pass over memory.
 
 `convolve` calls operators that torch's TorchScript emits for GPUs. They are not public: `usable` reports whether they
-exist and compute the right numbers. Otherwise the caller does the same in plain torch.
+exist and compute the right numbers. If not, the caller does the same in plain torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from detr_lightning.model.detr.onednn import Settings, plain_convolve
 
 
 def usable(x: Tensor) -> bool:
-    """Return whether this module can compute from this tensor."""
+    """Return whether this module can compute with this tensor in the current mode."""
     if not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
         return False
     return not torch.compiler.is_compiling() and _works(x.dtype, x.device)
@@ -34,7 +34,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, settings: Settings, add: T
 
 @functools.cache
 def _works(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether this torch on this GPU has the operators for a dtype, found out by trying."""
+    """Return whether the operators work for a dtype in this torch and on this GPU, by trying them."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not torch.backends.cudnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)

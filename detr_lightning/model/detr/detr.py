@@ -25,8 +25,8 @@ class Architecture:
     """The sizes of a DETR. The defaults are the official DETR-R50's.
 
     Attributes:
-        block: The ResNet's block, `basic` or `bottleneck`.
-        blocks: How many blocks each stage of the ResNet has.
+        block: The type of the ResNet's blocks, `basic` or `bottleneck`.
+        blocks: The number of blocks in each stage of the ResNet.
         hidden_dim: The transformer's width.
         nheads: The number of attention heads.
         encoder_layers: The number of encoder layers.
@@ -35,8 +35,8 @@ class Architecture:
         num_queries: The number of object queries.
         num_logits: The number of class logits, "no object" included.
         dilation: Whether the last stage of the ResNet is dilated (DC5).
-        pre_norm: Whether norms stand before each sublayer instead of after it.
-        learned_positions: The rows and columns that learned positions reach; 0 for the fixed sines.
+        pre_norm: Whether norms come before each sublayer instead of after it.
+        learned_positions: The number of rows and columns with learned positions; 0 for the fixed sine encoding.
     """
 
     block: str = "bottleneck"
@@ -53,7 +53,7 @@ class Architecture:
     learned_positions: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the sizes as the metadata records them, without options that the model does not use."""
+        """Return the sizes as the metadata records them, without unused options."""
         optional = {name for name in ("pre_norm", "learned_positions") if not getattr(self, name)}
         return {name: value for name, value in vars(self).items() if name not in optional}
 
@@ -74,28 +74,28 @@ class Architecture:
         return f"DETR-R{layers}" + "-DC5" * self.dilation
 
     def feature_size(self, input_size: tuple[int, int]) -> tuple[int, int]:
-        """Return height and width of the last feature map for an input of this height and width.
+        """Return the height and width of the last feature map for an input of this height and width.
 
         Raises:
-            SettingError: The model's learned positions do not reach that far.
+            SettingError: The feature map has more rows or columns than the model has learned positions.
         """
         stride = 16 if self.dilation else 32
         height, width = -(-input_size[0] // stride), -(-input_size[1] // stride)
         if self.learned_positions and max(height, width) > self.learned_positions:
             raise SettingError(
-                f"The model's learned positions reach {self.learned_positions} rows and columns of features, and an "
+                f"The model has learned positions for {self.learned_positions} rows and columns of features, but an "
                 f"image of {input_size[1]}x{input_size[0]} (width x height, resized) has {width}x{height}. "
                 f"Set data.long_side to {self.learned_positions * stride} or less."
             )
         return height, width
 
     def feature_sizes(self, input_size: tuple[int, int]) -> FeatureSizes:
-        """Return the sizes of an image's feature maps, of which there is one; see `feature_size`."""
+        """Return the sizes of an image's feature maps. DETR has only one; see `feature_size`."""
         return FeatureSizes.single(self.feature_size(input_size))
 
 
 class MLP(nn.Module):
-    """The three layers that turn an embedding into a box."""
+    """The layers that turn an embedding into a box."""
 
     def __init__(self, dim: int, out_dim: int, num_layers: int = 3) -> None:
         super().__init__()
@@ -104,14 +104,14 @@ class MLP(nn.Module):
 
 
 class DETR(nn.Module):
-    """DETR (Carion et al., https://arxiv.org/abs/2005.12872), its `state_dict` named as in the official checkpoints.
+    """DETR (Carion et al., https://arxiv.org/abs/2005.12872), with the official checkpoints' names in its `state_dict`.
 
     Args:
         architecture: The sizes.
 
     Attributes:
-        mean: The colour statistics that uint8 pixels are normalised with, after division by 255.
-        std: Likewise.
+        mean: The mean of each channel with which uint8 pixels are normalised, after division by 255.
+        std: The standard deviation of each channel, likewise.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -136,7 +136,7 @@ class DETR(nn.Module):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys that the model has."""
+        """The keys that the model can compute."""
         return KEYS
 
     def forward(
@@ -145,12 +145,12 @@ class DETR(nn.Module):
         padding_mask: Tensor | None = None,
         keys: Collection[str] = ("query_embeddings", "pred_logits", "pred_boxes"),
     ) -> dict[str, Tensor]:
-        """Compute the tensors that `keys` names, and no more than they need.
+        """Compute the tensors that `keys` names, and only what they need.
 
         Args:
             pixels: `[B, 3, h, w]`, uint8, or floating point and already normalised.
-            padding_mask: `[B, h, w]`, True on padding; None where nothing is padded.
-            keys: Which tensors to return.
+            padding_mask: `[B, h, w]`, True on padding; None if nothing is padded.
+            keys: The tensors to return.
 
         Returns:
             Batch-first tensors: `backbone_features` `[B, C, H, W]`, `encoder_output` `[B, H*W, d]`, `encoder_layers`
@@ -198,7 +198,7 @@ class DETR(nn.Module):
         return out
 
     def predict(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply the heads to decoder embeddings `[..., d]`, in float32 at the least.
+        """Apply the heads to decoder embeddings `[..., d]`, in at least float32.
 
         Returns:
             Class logits `[..., num_logits]` and boxes `[..., 4]`, `cx, cy, w, h` in `[0, 1]`.
@@ -218,13 +218,13 @@ def normalise(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Tensor:
-    """Turn uint8 pixels into what the model was trained on, in float32, bit for bit as torchvision's transforms would.
+    """Normalise uint8 pixels to float32 as in training, with bit-identical results to torchvision's transforms.
 
     Args:
         pixels: `[B, 3, h, w]`, uint8.
         padding_mask: `[B, h, w]`, True where the result must be zero.
-        mean: Of each channel, for pixels in `[0, 1]`.
-        std: Of each channel.
+        mean: The mean of each channel, for pixels in `[0, 1]`.
+        std: The standard deviation of each channel.
     """
     means, stds = (_channels(values, pixels.device) for values in (mean, std))
     images = pixels.to(torch.float32).div_(255).sub_(means).div_(stds)
@@ -232,14 +232,14 @@ def normalise(
 
 
 def _channels(values: Sequence[float], device: torch.device) -> Tensor:
-    """Return a number for each channel as `[3, 1, 1]`, in float32."""
-    if torch.compiler.is_compiling():  # which traces, and cannot keep
+    """Return one number per channel as a float32 tensor `[3, 1, 1]`."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace the cache
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
-    return _kept_channels(tuple(values), device)
+    return _cached_channels(tuple(values), device)
 
 
 @functools.cache
-def _kept_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    # Made once: a copy to a GPU waits for all that the GPU was asked for before, and a CUDA graph cannot hold one.
+def _cached_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    # Made once: a copy to a GPU waits for all work queued there, and a CUDA graph cannot contain one.
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]

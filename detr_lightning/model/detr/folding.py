@@ -1,4 +1,4 @@
-"""The backbone at inference speed: frozen norms inside the convolutions, ReLU and shortcut fused where oneDNN can."""
+"""The backbone optimised for inference: norms folded into the convolutions, ReLU and shortcut fused where possible."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from detr_lightning.model.fold_norms import folded_weights
 
 
 def fold(model: DETR, dtype: torch.dtype | None = None) -> DETR:
-    """Return a copy of a DETR for inference: the same results to rounding, in less time.
+    """Return a faster copy of a DETR for inference, whose results are the same up to rounding.
 
-    The copy's backbone has another `state_dict`, so checkpoints are loaded before, not into it.
+    The copy's backbone has a different `state_dict`: load checkpoints into the model, not into the copy.
 
     Args:
-        model: The model; it stays as it is.
-        dtype: Of the copy; by default the model's.
+        model: The model; it is not changed.
+        dtype: The dtype of the copy; by default the model's.
     """
     body = cast(nn.Sequential, model.backbone[0].body)
-    model.backbone[0].body = nn.Identity()  # what is replaced is not copied
+    model.backbone[0].body = nn.Identity()  # not copied, since the copy gets a folded one
     try:
         folded = copy.deepcopy(model)
     finally:
@@ -36,7 +36,7 @@ def fold(model: DETR, dtype: torch.dtype | None = None) -> DETR:
 
 
 class FoldedConv(nn.Module):
-    """A convolution that has taken a frozen norm into its weights."""
+    """A convolution with a frozen norm folded into its weights."""
 
     def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d, dtype: torch.dtype) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class FoldedConv(nn.Module):
         return onednn.plain_convolve(x, self.weight, self.bias, self.settings, add, relu)
 
     def _pack(self, x: Tensor) -> Tensor:
-        """Return the weight packed for inputs like this one. Images come sorted by shape: the last one's is kept."""
+        """Return the weight packed for inputs of this shape. Images come sorted by shape, so the last one is kept."""
         version = None if self.weight.is_inference() else self.weight._version
         wanted = x.shape, x.dtype, version
         if self._packed is None or self._packed[0] != wanted:
@@ -63,7 +63,7 @@ class FoldedConv(nn.Module):
         return self._packed[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out packed weights, which can be neither copied nor pickled."""
+        """Leave out the packed weight, which can be neither copied nor pickled."""
         return {**self.__dict__, "_packed": None}
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face's DETR: its folder and its hub, its weights, its config and its preprocessing."""
+"""Hugging Face's DETR: hub downloads, folders, weights, configs and preprocessing."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from detr_lightning.model.state_dicts import from_hugging_face
 from detr_lightning.model.weight_files import read_pickled
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""The files in which a folder may keep its weights, in order of preference."""
+"""The names of a folder's weight files, in order of preference."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 """`organisation/name`, or `organisation/name@revision`."""
 
 
 def from_hub(hub_id: str) -> Path:
-    """Download a model's config and weights into Hugging Face's cache and return the folder.
+    """Download a model's config and weights into Hugging Face's cache, and return the folder.
 
     Args:
         hub_id: `organisation/name`, or `organisation/name@revision`.
 
     Raises:
         ModuleNotFoundError: `huggingface_hub` is not installed.
-        ConnectionError: The hub did not give it, and the cache does not hold it.
+        ConnectionError: The model could not be downloaded, and is not in the cache.
     """
     try:
         import huggingface_hub
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            f"model.weights {hub_id!r} is no file or folder here, and to fetch it from Hugging Face's hub needs "
+            f"model.weights {hub_id!r} is not a local file or folder, and downloading it from Hugging Face's hub needs "
             "`pip install huggingface_hub`."
         ) from None
     name, _, revision = hub_id.partition("@")
@@ -53,21 +53,22 @@ def from_hub(hub_id: str) -> Path:
     except Exception as error:  # of several libraries, by version
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConnectionError(
-            f"model.weights {hub_id!r} is no file or folder here, and Hugging Face's hub did not give it: {reason[0]}"
+            f"model.weights {hub_id!r} is not a local file or folder, and Hugging Face's hub did not provide it: "
+            f"{reason[0]}"
         ) from error
     return folder
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A Hugging Face DETR folder.
+    """The content of a Hugging Face DETR folder.
 
     Attributes:
-        tensors: Under their official names.
+        tensors: The tensors under their official names.
         known: The settings that the config states: `nheads`, `dilation`.
         names: The names of the categories by logit index, if the config has them.
-        preprocessing: As `preprocessor_config.json` asks for it; the official preprocessing without that file.
-        files: The files of weights.
+        preprocessing: The settings of `preprocessor_config.json`; without that file, the official ones.
+        files: The weight files.
     """
 
     tensors: dict[str, Tensor]
@@ -81,12 +82,12 @@ def read_folder(folder: Path) -> Folder:
     """Read a Hugging Face DETR folder.
 
     Raises:
-        FileNotFoundError: The folder holds no config or no weights.
-        InputError: The config describes a model that is not DETR as published.
+        FileNotFoundError: The folder has no config or no weights.
+        InputError: The config describes a model that is not DETR as published, or a file cannot be read.
     """
     config = read_config(folder)
     try:
-        known, names = _facts(config), names_of_config(config)
+        known, names = _known_settings(config), names_of_config(config)
     except (ValueError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from error
     files = weight_files(folder)
@@ -100,12 +101,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return a folder's `config.json`.
 
     Raises:
-        FileNotFoundError: There is none; the message names what the folder seems to hold.
-        InputError: It is no JSON object.
+        FileNotFoundError: It does not exist; the message suggests what to give instead.
+        InputError: It is not a JSON object.
     """
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json, so it is no Hugging Face model.{_hint(folder)}")
+        raise FileNotFoundError(f"{folder} has no config.json, so it is not a Hugging Face model.{_hint(folder)}")
     return _read_json(config_file)
 
 
@@ -113,7 +114,7 @@ def _hint(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return " It is an adapter (LoRA) without its base model: merge the two and save the result."
     if checkpoints := sorted(file.parent.name for file in folder.glob("*/config.json")):
-        return f" Its subfolder {checkpoints[-1]} has one: name that."
+        return f" Its subfolder {checkpoints[-1]} has one: give that folder."
     return " Give a .pth file instead?"
 
 
@@ -123,12 +124,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{file}: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{file} holds a {type(content).__name__} and no JSON object.")
+        raise InputError(f"{file} contains a {type(content).__name__}, but must be a JSON object.")
     return content
 
 
 def _preprocessing(folder: Path) -> Preprocessing:
-    """Return the sides, mean and std that a folder asks for. The formula and the pixels stay the official ones."""
+    """Return a folder's sides, mean and std. Everything else follows the official preprocessing."""
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return Preprocessing()
@@ -142,9 +143,9 @@ def _preprocessing(folder: Path) -> Preprocessing:
 def _sides_and_colours(config: dict[str, Any]) -> Preprocessing:
     _require(config, do_resize=True, do_rescale=True)
     if abs(config.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
-        raise InputError(f"rescale_factor is {config['rescale_factor']}, and only 1/255 can be used.")
+        raise InputError(f"rescale_factor is {config['rescale_factor']}, but only 1/255 is supported.")
     if config.get("resample", 2) != 2:
-        raise InputError(f"resample is {config['resample']}, and only 2 (bilinear) can be used.")
+        raise InputError(f"resample is {config['resample']}, but only 2 (bilinear) is supported.")
     size = config.get("size", {"shortest_edge": 800, "longest_edge": 1333})
     if isinstance(size, int):
         size = {"shortest_edge": size, "longest_edge": config.get("max_size", 1333)}
@@ -159,13 +160,13 @@ def _sides_and_colours(config: dict[str, Any]) -> Preprocessing:
     )
     if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
         raise InputError(
-            f"image_mean is {list(mean)} and image_std {list(std)}; three of each are needed, std above 0."
+            f"image_mean is {list(mean)} and image_std is {list(std)}, but both need three values, and std above 0."
         )
     return Preprocessing(**sides, mean=mean, std=std)
 
 
-def _facts(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the heads and the dilation that a config states, and refuse what this DETR does not compute."""
+def _known_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the number of heads and the dilation in a config, and refuse models that this DETR does not implement."""
     heads, dilation = config.get("encoder_attention_heads", 8), config.get("dilation", False)
     _require({"model_type": None} | config, model_type="detr")
     _require(config, activation_function="relu", decoder_attention_heads=heads)
@@ -181,13 +182,13 @@ def _facts(config: dict[str, Any]) -> dict[str, Any]:
     _require({"backbone_config.model_type": kind}, **{"backbone_config.model_type": "timm_backbone"})
     name = body.get("backbone") or config.get("backbone") or "resnet50"
     if not re.fullmatch(r"(tv_)?resnet\d+(\..*)?", name):
-        raise InputError(f"backbone is {name!r}, and only plain ResNets can be read.")
-    # Where there is a backbone_config, Transformers does not look at dilation any more.
+        raise InputError(f"backbone is {name!r}, but only plain ResNets are supported.")
+    # If there is a backbone_config, Transformers ignores dilation.
     before = {"output_stride": 16 if dilation else 32} | (config.get("backbone_kwargs") or {})
     stride = (body or before).get("output_stride") or 32
     if stride not in (16, 32) or (dilation and stride == 32):
         raise InputError(
-            f"output_stride is {stride} and dilation {dilation}. Only 32, or 16 with dilation, can be read."
+            f"output_stride is {stride} and dilation is {dilation}, but only 32, or 16 with dilation, is supported."
         )
     return {"nheads": heads, "dilation": stride == 16}
 
@@ -195,36 +196,37 @@ def _facts(config: dict[str, Any]) -> dict[str, Any]:
 def _require(settings: dict[str, Any], **allowed: Any) -> None:
     for key, value in allowed.items():
         if settings.get(key, value) != value:
-            raise InputError(f"{key} is {settings[key]!r}, and only {value!r} can be read.")
+            raise InputError(f"{key} is {settings[key]!r}, but only {value!r} is supported.")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return a folder's files of weights.
+    """Return a folder's weight files.
 
     Raises:
-        FileNotFoundError: There are none, or one of several is missing.
+        FileNotFoundError: The folder has none, or one of several is missing.
+        InputError: The index of several files cannot be read.
     """
     for name in FILES:
         file = folder / name
         if file.is_file() and name.endswith(".index.json"):
             shards = [folder / Path(shard).name for shard in sorted(set(_read_json(file)["weight_map"].values()))]
-            if gone := [shard.name for shard in shards if not shard.is_file()]:
-                raise FileNotFoundError(f"{file} names {gone[0]}, which is not there. Was the download cut off?")
+            if missing := [shard.name for shard in shards if not shard.is_file()]:
+                raise FileNotFoundError(f"{file} lists {missing[0]}, which does not exist. Was the download cut off?")
             return shards
         if file.is_file():
             return [file]
-    raise FileNotFoundError(f"{folder} has a config.json and no weights. Expected one of {', '.join(FILES)}.")
+    raise FileNotFoundError(f"{folder} has a config.json but no weights. Expected one of {', '.join(FILES)}.")
 
 
 def _read(file: Path) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
         content = read_pickled(file)
         if not isinstance(content, Mapping):
-            raise InputError(f"{file} holds a {type(content).__name__} and not a state_dict.")
+            raise InputError(f"{file} contains a {type(content).__name__}, but must contain a state_dict.")
         return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     import safetensors.torch
 
     try:
         return safetensors.torch.load_file(file)
     except safetensors.SafetensorError as error:
-        raise InputError(f"{file} is no whole safetensors file: {error}.") from error
+        raise InputError(f"{file} is not a complete safetensors file: {error}.") from error

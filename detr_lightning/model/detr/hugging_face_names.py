@@ -1,4 +1,4 @@
-"""The names of Hugging Face's DETR, turned into the official ones."""
+"""Renaming of the tensors of Hugging Face's DETR to their official names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor
 
-# Applied in this order. Both spellings of a name occur: what is on disk, and what Transformers 5 has in memory.
+# Applied in this order. Some names have two forms: the one on disk, and that of Transformers 5 in memory.
 BODY_NAMES = (
     (r"^backbone\.(conv_encoder\.)?model\.", "backbone.0.body."),
     (r"body\.embedder\.embedder\.convolution", "body.conv1"),
@@ -45,7 +45,7 @@ def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             official[target] = tensor
     for target, parts in thirds.items():
-        if parts.keys() == set("qkv"):  # else it stays missing, and is named so
+        if parts.keys() == set("qkv"):  # else it is reported as missing
             official[target] = torch.cat([parts[third] for third in "qkv"])
     return official
 

@@ -1,4 +1,4 @@
-"""The published checkpoints of DETR, and how they get here."""
+"""The published checkpoints of DETR, and their download."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from detr_lightning.model.weight_files import first_line, sha256_of
 
 BASE_URL = "https://dl.fbaipublicfiles.com/detr/"
 STALLED_AFTER = 30.0
-"""Seconds without a byte after which a download is given up."""
+"""Seconds without data after which a download is aborted."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Official:
     """A published checkpoint.
 
     Attributes:
-        file: Its name under `BASE_URL`.
-        sha256_prefix: The first eight digits of its sha256.
-        box_ap: Its published box AP on COCO val2017.
+        file: The name of the file under `BASE_URL`.
+        sha256_prefix: The first eight digits of the file's sha256.
+        box_ap: The published box AP on COCO val2017.
         dilation: Whether it is a DC5 model.
     """
 
@@ -42,12 +42,12 @@ class Official:
 
     @property
     def known(self) -> dict[str, Any]:
-        """The settings that its tensors do not show; all have 8 heads."""
+        """The settings that the tensors do not show. All models have 8 heads."""
         return {"nheads": 8, "dilation": self.dilation}
 
     @property
     def architecture(self) -> Architecture:
-        """The sizes of its network, known before its tensors are downloaded."""
+        """The sizes of the network, known before the tensors are downloaded."""
         return Architecture(
             blocks=(3, 4, 23 if "r101" in self.file else 6, 3),
             num_logits=251 if "panoptic" in self.file else 92,
@@ -56,16 +56,16 @@ class Official:
 
     @property
     def url(self) -> str:
-        """The address where it is published."""
+        """The download address."""
         return BASE_URL + self.file
 
     @property
     def path(self) -> Path:
-        """The path in torch's hub cache, once it is downloaded."""
+        """The path in torch's hub cache, once the file is downloaded."""
         return Path(torch.hub.get_dir(), "checkpoints", self.file)
 
     def cached_sha256(self) -> str | None:
-        """Return the sha256 of its file in the cache; None where there is none, or a damaged one."""
+        """Return the sha256 of the file in the cache; None if it is missing or damaged."""
         if not self.path.is_file():
             return None
         sha256 = sha256_of([self.path])
@@ -73,7 +73,7 @@ class Official:
 
     @property
     def category_names(self) -> dict[int, str]:
-        """The names of COCO's categories by id, which is the logit's index; those of panoptic models with stuff."""
+        """The names of COCO's categories by id, which is the logit's index; panoptic models also have stuff."""
         return coco_names() | (STUFF if "panoptic" in self.file else {})
 
 
@@ -90,28 +90,28 @@ OFFICIAL = {
 
 
 def fetch(checkpoint: Official) -> tuple[Path, str]:
-    """Return a checkpoint's file in torch's hub cache, and its sha256; it is downloaded if it is not there yet.
+    """Return a checkpoint's file in torch's hub cache and its sha256; download the file if it is missing.
 
-    Processes that share the cache wait for the one that downloads. Whatever fails leaves nothing behind.
+    Processes that share the cache wait for the one that downloads. A failed download leaves no file behind.
 
     Raises:
-        ConnectionError: It could not be downloaded, or another file arrived.
+        ConnectionError: The file could not be downloaded, or its sha256 is wrong.
     """
     url, path, sha256_prefix = checkpoint.url, checkpoint.path, checkpoint.sha256_prefix
     cached = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.parent), _giving_up_after(STALLED_AFTER):
+        with _locked(path.parent), _socket_timeout(STALLED_AFTER):
             if sha256 := checkpoint.cached_sha256():
                 return path, sha256
             if path.is_file():
-                cached = " The present file is damaged."
+                cached = " The existing file is damaged."
             torch.hub.download_url_to_file(url, str(path), sha256_prefix, progress=sys.stderr.isatty())
             return path, sha256_of([path])
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise ConnectionError(
-            f"{url} could not be downloaded: {first_line(error)}. Check the network, or put the file at {path} "
-            f"by hand (its sha256 begins with {sha256_prefix}).{cached}"
+            f"{url} could not be downloaded: {first_line(error)}. Check the network, or download the file to {path} "
+            f"yourself (its sha256 begins with {sha256_prefix}).{cached}"
         ) from error
 
 
@@ -119,7 +119,7 @@ def fetch(checkpoint: Official) -> tuple[Path, str]:
 def _locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems cannot; then a file may be fetched twice
+        with contextlib.suppress(OSError):  # some network file systems cannot lock; then a file may be downloaded twice
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -127,7 +127,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _giving_up_after(seconds: float) -> Iterator[None]:
+def _socket_timeout(seconds: float) -> Iterator[None]:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,7 +1,7 @@
 """Convolutions and linear layers through oneDNN, for inference on a CPU.
 
 `convolve`, `pack` and `linear` call operators that torch's own compiler emits for CPUs. They are not public: `usable`
-reports whether they exist and compute the right numbers. Otherwise the callers do the same in plain torch.
+reports whether they exist and compute the right numbers. If not, the callers do the same in plain torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Settings = tuple[Any, Any, Any]
 
 
 def usable(x: Tensor) -> bool:
-    """Return whether this module can compute from this tensor."""
+    """Return whether this module can compute with this tensor in the current mode."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     return not torch.compiler.is_compiling() and _works(x.dtype)
@@ -27,7 +27,7 @@ def usable(x: Tensor) -> bool:
 def plain_convolve(
     x: Tensor, weight: Tensor, bias: Tensor, settings: Settings, add: Tensor | None, relu: bool
 ) -> Tensor:
-    """Convolve, add and apply ReLU one after the other, in plain torch."""
+    """Convolve, add `add` and apply ReLU, one after the other, in plain torch."""
     stride, padding, dilation = settings
     x = F.conv2d(x, weight, bias, stride, padding, dilation)
     if add is not None:
@@ -36,7 +36,7 @@ def plain_convolve(
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, settings: Settings, add: Tensor | None, relu: bool) -> Tensor:
-    """Do what `plain_convolve` does in one pass over memory, `add` being overwritten; `weight` may be packed."""
+    """Do what `plain_convolve` does in one pass over memory, and overwrite `add`. `weight` may be packed."""
     stride, padding, dilation = settings
     how: tuple[Any, ...] = (padding, stride, dilation, 1)
     after = "relu" if relu else "none"
@@ -50,10 +50,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, settings: Settings, add: T
 
 
 def pack(weight: Tensor, settings: Settings, input_shape: torch.Size) -> Tensor:
-    """Return a convolution's weight in the layout that oneDNN chooses for inputs of a shape, for `convolve`.
+    """Return a convolution's weight for `convolve`, in the layout that oneDNN chooses for inputs of a shape.
 
-    With a plain weight oneDNN rearranges it at each call: for the last stage of a ResNet, many weights and few pixels,
-    up to a fifth of the time.
+    A plain weight is rearranged by oneDNN at each call. In the last stage of a ResNet, with many weights and few
+    pixels, that takes up to a fifth of the time.
     """
     stride, padding, dilation = settings
     packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
@@ -63,7 +63,7 @@ def pack(weight: Tensor, settings: Settings, input_shape: torch.Size) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
-    """A linear layer over `[..., C]`, with or without a ReLU."""
+    """Apply a linear layer to `[..., C]`, optionally followed by a ReLU."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(
         x.contiguous(), weight.contiguous(), bias, "relu" if relu else "none", [], ""
     )
@@ -74,15 +74,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = F
 def linear_is_faster(dtype: torch.dtype) -> bool:
     """Return whether `linear` is faster than torch's own on this processor.
 
-    torch gives float32 matrix products to MKL. Some processors with AVX-512 it runs on AVX2 alone, and over the
-    hundreds of tokens here it is half as fast there. Where AVX2 is all there is, MKL is the faster one.
+    torch computes float32 matrix products with MKL. On some processors with AVX-512, MKL uses only AVX2, and takes
+    twice as long for the hundreds of tokens here. On processors with AVX2 only, MKL is faster.
     """
     return dtype != torch.float32 or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @functools.cache
 def _works(dtype: torch.dtype) -> bool:
-    """Return whether this torch on this processor has the operators for a dtype, found out by trying."""
+    """Return whether the operators work for a dtype in this torch and on this processor, by trying them."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ EPSILON = 1e-6
 
 
 class SinePositionEncoding(nn.Module):
-    """The fixed two-dimensional encoding of DETR, normalised to the valid area of each image. It has no parameters.
+    """The fixed two-dimensional encoding of DETR, normalised to the unpadded area of each image. It has no parameters.
 
     Args:
         hidden_dim: The transformer's width; each axis takes half of it.
@@ -27,15 +27,15 @@ class SinePositionEncoding(nn.Module):
 
         Args:
             feature_map: `[B, C, H, W]`; only its size, device and dtype matter.
-            padding_mask: `[B, H, W]`, True on padding, or None where nothing is padded.
+            padding_mask: `[B, H, W]`, True on padding, or None if nothing is padded.
 
         Returns:
-            `[B, H*W, hidden_dim]` with a mask, else `[1, H*W, hidden_dim]`; built in float32 at the least.
+            `[B, H*W, hidden_dim]` with a mask, else `[1, H*W, hidden_dim]`; computed in at least float32.
         """
         height, width = feature_map.shape[-2:]
         dtype = torch.promote_types(feature_map.dtype, torch.float32)
         device = feature_map.device
-        if padding_mask is None:  # every row is like every other, every column too
+        if padding_mask is None:  # all rows are alike, and all columns
             y = self._encode(torch.arange(1, height + 1, dtype=dtype, device=device)[None, :, None], 1)
             x = self._encode(torch.arange(1, width + 1, dtype=dtype, device=device)[None, None, :], 2)
             y, x = y.expand(-1, -1, width, -1), x.expand(-1, height, -1, -1)
@@ -52,11 +52,11 @@ class SinePositionEncoding(nn.Module):
 
 
 class LearnedPositionEncoding(nn.Module):
-    """A learned encoding of each row and each column, whatever is padded.
+    """A learned encoding of each row and each column, independent of padding.
 
     Args:
         hidden_dim: The transformer's width; each axis takes half of it.
-        reach: The number of rows and of columns that have one.
+        reach: The number of rows, and of columns, that have an encoding.
     """
 
     def __init__(self, hidden_dim: int, reach: int) -> None:

@@ -1,4 +1,4 @@
-"""The sizes of a DETR, read off its tensors."""
+"""The sizes of a DETR, read from its tensors."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ DECODER = "transformer.decoder.layers."
 
 
 def read_sizes(name: str, tensors: Mapping[str, Tensor]) -> Architecture:
-    """Read the sizes of a DETR off its tensors; what they do not show keeps its default.
+    """Read the sizes of a DETR from its tensors. Sizes that they do not show keep their defaults.
 
     Args:
         name: The file or folder, for messages.
-        tensors: Under their official names.
+        tensors: The tensors under their official names.
 
     Raises:
-        InputError: They are no DETR's.
+        InputError: The tensors are not those of a DETR.
     """
 
     def shape(key: str, dims: int) -> torch.Size:
         if key not in tensors or tensors[key].dim() != dims:
             kind = taken_for(tensors)
-            looks = f" It was taken for {kind}." if kind else ""
-            raise InputError(f"{name} is no DETR: {key} is {'misshaped' if key in tensors else 'missing'}.{looks}")
+            looks = f" It looks like {kind}." if kind else ""
+            raise InputError(f"{name} is not a DETR: {key} is {'misshaped' if key in tensors else 'missing'}.{looks}")
         return tensors[key].shape
 
     def layers(prefix: str) -> int:
@@ -55,10 +55,10 @@ def read_sizes(name: str, tensors: Mapping[str, Tensor]) -> Architecture:
 
 
 def check_sizes(architecture: Architecture) -> Architecture:
-    """Return an architecture that can be built.
+    """Return the architecture if it can be built.
 
     Raises:
-        InputError: It cannot.
+        InputError: The number of heads does not divide the width, or a ResNet of basic blocks is to be dilated.
     """
     heads, width = architecture.nheads, architecture.hidden_dim
     if heads < 1 or width % heads:
@@ -68,7 +68,7 @@ def check_sizes(architecture: Architecture) -> Architecture:
         )
     if architecture.dilation and architecture.block == "basic":
         raise InputError(
-            "model.dilation is True, but only ResNets of bottleneck blocks, 50 layers and more, have a dilated form. "
+            "model.dilation is True, but only ResNets with bottleneck blocks (50 layers and more) can be dilated. "
             f"This is a {replace(architecture, dilation=False).name}."
         )
     return architecture

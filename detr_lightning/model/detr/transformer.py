@@ -16,7 +16,7 @@ from detr_lightning.model.detr import onednn
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
-    """A linear layer over `[..., C]`, with or without a ReLU."""
+    """Apply a linear layer to `[..., C]`, optionally followed by a ReLU."""
     if onednn.usable(x) and onednn.linear_is_faster(x.dtype):
         return onednn.linear(x, weight, bias, relu)
     x = F.linear(x, weight, bias)
@@ -24,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` through `linear`."""
+    """An `nn.Linear` that computes with `linear`."""
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]`."""
@@ -32,7 +32,7 @@ class Linear(nn.Linear):
 
 
 def replace_linears(model: nn.Module) -> nn.Module:
-    """Let the linear layers of a model that this package did not build compute through `linear`, in place."""
+    """Replace the linear layers of a model that this package did not build by `Linear`, in place."""
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if type(layer) is nn.Linear:
@@ -43,9 +43,9 @@ def replace_linears(model: nn.Module) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with the parameters of `nn.MultiheadAttention`, in parts that inference can reuse.
+    """Multi-head attention with the parameters of `nn.MultiheadAttention`, split into reusable steps.
 
-    Queries, keys and values are projected by separate methods, so that a shared input is projected once.
+    Projection is separate from attention, so that an input shared by several layers is projected only once.
     """
 
     def __init__(self, dim: int, nheads: int) -> None:
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def project(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Project `[B, N, dim]` by thirds `first` to `last` of the input projection: 0 queries, 1 keys, 2 values."""
+        """Project `[B, N, dim]` with thirds `first` to `last` of the input projection: 0 query, 1 key, 2 value."""
         rows = slice(first * x.shape[-1], (last + 1) * x.shape[-1])
         return linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
 
@@ -67,12 +67,12 @@ class Attention(nn.Module):
         return x.view(*x.shape[:2], self.nheads, -1).transpose(1, 2)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Attend with projected queries `[B, N, dim]` to keys and values `[B, M, dim]`.
+        """Return the attention's output, `[B, N, dim]`.
 
         Args:
-            query: Projected queries.
-            key: Projected keys.
-            value: Projected values.
+            query: Projected queries, `[B, N, dim]`.
+            key: Projected keys, `[B, M, dim]`.
+            value: Projected values, `[B, M, dim]`.
             visible: `[B, 1, 1, M]`, False where a key is padding.
         """
         heads = self.heads(query), self.heads(key), self.heads(value)
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         return out
 
     def weights(self, query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return the attention weights `[B, N, M]`, averaged over the heads, for projected queries and keys."""
+        """Return the attention weights, averaged over the heads, `[B, N, M]`, for projected queries and keys."""
         scores = self.heads(query) @ self.heads(key).transpose(-1, -2) * (query.shape[-1] // self.nheads) ** -0.5
         if visible is not None:
             scores = scores.masked_fill(~visible, float("-inf"))
@@ -92,7 +92,7 @@ class Attention(nn.Module):
 class EncoderLayer(nn.Module):
     """Self-attention over the feature map, then a feed-forward network.
 
-    Norms stand after each addition or, with `pre_norm`, before each sublayer.
+    Norms come after each addition or, with `pre_norm`, before each sublayer.
     """
 
     def __init__(self, dim: int, nheads: int, feedforward_dim: int, pre_norm: bool = False) -> None:
@@ -128,9 +128,9 @@ def _norms(pre_norm: bool) -> tuple[Callable[[nn.Module, Tensor], Tensor], Calla
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among the object queries, attention to the encoder's output, a feed-forward network.
+    """Self-attention among the object queries, cross-attention to the encoder's output, a feed-forward network.
 
-    Norms stand after each addition or, with `pre_norm`, before each sublayer.
+    Norms come after each addition or, with `pre_norm`, before each sublayer.
     """
 
     def __init__(self, dim: int, nheads: int, feedforward_dim: int, pre_norm: bool = False) -> None:
@@ -160,7 +160,7 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder's layers and, with `pre_norm`, the norm that their output goes through."""
+    """The encoder's layers and, with `pre_norm`, the norm of their outputs."""
 
     def __init__(self, num_layers: int, dim: int, nheads: int, feedforward_dim: int, pre_norm: bool = False) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(dim) if pre_norm else None
 
     def forward(self, x: Tensor, position: Tensor, visible: Tensor | None = None) -> list[Tensor]:
-        """Return each layer's output, normed, `[B, H*W, dim]`; the last is the memory that the decoder reads."""
+        """Return each layer's normed output, `[B, H*W, dim]`. The last one is the memory that the decoder reads."""
         outputs = []
         for layer in self.layers:
             x = layer(x, position, visible)
@@ -177,7 +177,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder's layers, and the norm that each layer's output goes through on its way out."""
+    """The decoder's layers, and the norm of their outputs, which the next layer does not see."""
 
     def __init__(self, num_layers: int, dim: int, nheads: int, feedforward_dim: int, pre_norm: bool = False) -> None:
         super().__init__()
@@ -194,10 +194,10 @@ class Decoder(nn.Module):
             memory: The encoder's output, `[B, H*W, dim]`.
             position: The memory's position encoding.
             visible: `[B, 1, 1, H*W]`, False on padding, or None.
-            want_weights: Also return the attention to the memory.
+            want_weights: Whether to also return the weights of the cross-attention.
 
         Returns:
-            For each layer the normed output `[B, num_queries, dim]` and, if wanted, the weights
+            For each layer, the normed output `[B, num_queries, dim]` and, if wanted, the weights
             `[B, num_queries, H*W]`.
         """
         # Every layer reads the same memory: one product gives the keys of all layers, another the values.
@@ -219,7 +219,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder under the names of the official checkpoints."""
+    """The encoder and the decoder, named as in the official checkpoints."""
 
     def __init__(
         self,

@@ -125,7 +125,7 @@ def test_failures_leave_nothing_behind(
     server.behaviour = behaviour
     with pytest.raises(ConnectionError, match=rf"{FILE} could not be downloaded: .*({reason}).*") as error:
         checkpoints.load(NAME)
-    assert f"put the file at {cache / FILE} by hand" in str(error.value)
+    assert f"download the file to {cache / FILE} yourself" in str(error.value)
     assert list(cache.iterdir()) == []
     assert socket.getdefaulttimeout() is None
 
@@ -135,7 +135,7 @@ def test_no_network(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setattr(official, "BASE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}/")
-        with pytest.raises(ConnectionError, match=r"Connection refused.* Check the network, or put the file at"):
+        with pytest.raises(ConnectionError, match=r"Connection refused.* Check the network, or download the file to"):
             checkpoints.load(NAME)
     gc.collect()  # the socket goes now, not in a later test
     assert list(cache.iterdir()) == []
@@ -145,7 +145,7 @@ def test_a_damaged_file_in_the_cache_is_replaced(server: Server, cache: Path, co
     cache.mkdir(parents=True)
     (cache / FILE).write_bytes(content[:-1])
     server.behaviour = "missing"
-    with pytest.raises(ConnectionError, match=r"404.*The present file is damaged"):
+    with pytest.raises(ConnectionError, match=r"404.*The existing file is damaged"):
         checkpoints.load(NAME)
     server.behaviour = "good"
     checkpoints.load(NAME)

@@ -33,7 +33,7 @@ def test_what_inference_mode_made_can_take_part_in_training() -> None:
 def test_learned_positions_have_an_end() -> None:
     architecture = Architecture(learned_positions=50)
     assert architecture.feature_size((800, 1600)) == (25, 50)
-    with pytest.raises(ValueError, match=r"reach 50 rows and columns of features.*Set data.long_side to 1600 or less"):
+    with pytest.raises(ValueError, match=r"for 50 rows and columns of features.*Set data.long_side to 1600 or less"):
         architecture.feature_size((800, 1601))
     with torch.device("meta"):
         assert DETR(architecture).state_dict()["backbone.1.row_embed.weight"].shape == (50, 128)
