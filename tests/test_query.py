@@ -167,7 +167,7 @@ def test_a_table_of_another_layer(tmp_path: Path, capsys: Capture) -> None:
     folder, table = str(found.folder), str(tmp_path / "layer.parquet")
     argv = ["objects", folder, "--output", table, "--key", "decoder_output", "--layer"]
     assert main([*argv, "9"]) == 1
-    assert "layer is 9; the decoder has 3, from 0 to 2" in capsys.readouterr().err
+    assert "layer is 9; the decoder has 3 layers, 0 to 2" in capsys.readouterr().err
     assert main([*argv, "0"]) == 0
     capsys.readouterr()
     assert (

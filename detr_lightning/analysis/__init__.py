@@ -1,1 +1,1 @@
-"""On top of a store: objects, matching with annotations, pictures."""
+"""Analysis of a store: objects, matching with annotations, search, statistics, pictures."""

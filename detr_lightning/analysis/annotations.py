@@ -25,7 +25,7 @@ class GroundTruth:
     """The annotated objects of many images, as arrays.
 
     Args:
-        annotations: Each with `id`, `image_id`, `category_id`, `bbox` `[x, y, width, height]` and `iscrowd`.
+        annotations: Entries with `id`, `image_id`, `category_id`, `bbox` `[x, y, width, height]` and `iscrowd`.
         categories: The name of each category id.
     """
 
@@ -34,16 +34,16 @@ class GroundTruth:
         self._image_ids = np.array([annotation["image_id"] for annotation in ordered], np.int64)
         self._annotated = Annotated.of(ordered)
         ids = [annotation.get("id") for annotation in ordered]
-        # An id may be text. Then all are, since a column of a file has one type.
+        # An id may be text. Then all are stored as text, since a column of a file has one type.
         whole = all(type(number) is int for number in ids)
         self._ids = np.array(ids if whole else [None if number is None else str(number) for number in ids], object)
         self._categories = dict(categories)
         self.no_rows = {name: np.empty(0, object) for name in COMPARED} | {"iou": np.empty(0, np.float64)}
-        """The columns of `compare` for no detection."""
+        """The columns of `compare`, with no rows."""
 
     @property
     def text_ids(self) -> bool:
-        """Whether `annotation_id` is text and not an integer."""
+        """Whether `annotation_id` is text, not an integer."""
         return any(isinstance(number, str) for number in self._ids)
 
     def compare(
@@ -75,44 +75,44 @@ def read_ground_truth(annotation_file: str | os.PathLike[str], store: EmbeddingS
 
     Raises:
         FileNotFoundError: There is no such annotation file.
-        InputError: It is no COCO annotation file, or one of other images.
+        InputError: The annotation file is not in COCO's format, or does not match the store's images or categories.
     """
     content = read_annotations(annotation_file, store, whole=False)
     return GroundTruth((entry for entry in content.annotations if entry["image_id"] in store), content.categories)
 
 
 def read_annotations(annotation_file: str | os.PathLike[str], store: EmbeddingStore, whole: bool = True) -> COCOFile:
-    """Read an annotation file and check that it is of the store's images.
+    """Read an annotation file, and check that it matches the store's images.
 
     Args:
         annotation_file: COCO's `instances_*.json`, or a file in its format.
         store: The extraction.
-        whole: Keep every field of the annotations, and not just those that evaluation needs.
+        whole: Keep every field of the annotations, not just those that evaluation needs.
 
     Raises:
         FileNotFoundError: There is no such file.
-        InputError: It is no COCO annotation file, or its images, sizes or categories are others than the store's.
+        InputError: It is not a COCO annotation file, or its images, sizes or categories do not match the store's.
     """
     content = read_coco_file(Path(annotation_file).expanduser(), "whole" if whole else "boxes", "annotation_file")
     records = {record.image_id: record for record in content.images}
     missing = [image_id for image_id in store if image_id not in records]
     if missing:
         raise InputError(
-            f"{content.path} is of another dataset: of the {len(store)} images of {store.name} it does not list "
+            f"{content.path} is from another dataset: of the {len(store)} images of {store.name} it does not list "
             f"{len(missing)}, for example {missing[0]}."
         )
     for image_id in store:
         entry, other = store.entry(image_id), records[image_id]
         if other.width and entry.size != other.size:
             raise InputError(
-                f"{content.path} is of another dataset: image {image_id} is {other.width}x{other.height} there and "
+                f"{content.path} is from another dataset: image {image_id} is {other.width}x{other.height} there and "
                 f"{entry.width}x{entry.height} in {store.name}."
             )
     differences, none_agrees = compare_names(Predictions(store).names, content.categories)
     if none_agrees:
         raise InputError(
-            f"{content.path} is of other categories than {store.name}: {differences}. "
-            "Give annotations with the ids of the model."
+            f"{content.path} has other categories than {store.name}: {differences}. "
+            "Give annotations with the model's category ids."
         )
     if differences:
         message = f"{content.path} and {store.name} name categories differently: {differences}."

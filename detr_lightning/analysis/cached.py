@@ -12,7 +12,7 @@ from detr_lightning.analysis.tables import SOURCE, describe, stream
 from detr_lightning.errors import InputError, SettingError
 from detr_lightning.store.store import EmbeddingStore
 
-# Below tables, which says what to install where pyarrow is missing.
+# Below tables, which reports a missing pyarrow.
 from pyarrow import parquet  # isort: skip
 
 
@@ -22,18 +22,18 @@ def objects_table(
     annotation_file: str | os.PathLike[str] | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Return the table of a store's objects, written if it is missing or was made with other settings.
+    """Return the table of a store's objects, and write it if it is missing or was made with other settings.
 
     Args:
         store: The extraction.
         threshold: As for `objects`.
         annotation_file: As for `objects`.
-        path: The table's file; by default the store's folder with the ending `.objects.parquet`. A file that is given
-            is used as it is, if it is of this store.
+        path: The table's file; by default the store's folder with the ending `.objects.parquet`. An existing
+            file that is given is used as it is, if it belongs to this store.
 
     Raises:
-        InputError: The file that was given is of another extraction, or there is no object.
-        SettingError: The store is no folder, and no file is given.
+        InputError: The given file belongs to another extraction, or no object was found.
+        SettingError: The store is not a folder, and no file is given.
     """
     if path is not None and Path(path).expanduser().exists():
         path = Path(path).expanduser()
@@ -47,7 +47,7 @@ def objects_table(
         return path
     if path is None:
         if store.folder is None:
-            raise SettingError(f"{store.name} is no folder. Name the file of its table of objects.")
+            raise SettingError(f"{store.name} is not a folder. Name a file for its table of objects.")
         folder = store.folder.resolve()
         path = folder.with_name(f"{folder.name}.objects.parquet")
     reader = ObjectReader(store, threshold, annotation_file=annotation_file)
@@ -59,10 +59,10 @@ def objects_table(
 
 
 def source_of(path: Path) -> dict[str, Any]:
-    """Return where the objects of a table come from, as `detr_lightning.analysis.tables.describe` recorded it.
+    """Return the origin of a table's objects, as `detr_lightning.analysis.tables.describe` recorded it.
 
     Raises:
-        InputError: The file is not a table.
+        InputError: The file is not a Parquet file.
     """
     try:
         metadata = parquet.read_schema(path).metadata or {}

@@ -12,17 +12,17 @@ from detr_lightning.analysis.vectors import embeddings_of, linear_cka
 from detr_lightning.errors import InputError, SettingError
 from detr_lightning.store.store import EmbeddingStore
 
-import pandas as pd  # isort: skip  # Below objects, which names the package to install.
+import pandas as pd  # isort: skip  # Below objects, which reports a missing pandas.
 
 
 def align(one: pd.DataFrame, other: pd.DataFrame, iou: float = 0.5) -> pd.DataFrame:
-    """Pair the objects of two tables of the same images by their boxes, whatever their categories.
+    """Pair the objects of two tables of the same images by their boxes, regardless of their categories.
 
-    Greedy: by descending score, each object of the first table is paired with the free object that it overlaps most.
+    Greedily, by descending score, each object of the first table is paired with the free object that it overlaps most.
 
     Args:
         one: Rows of `objects`.
-        other: Rows of `objects` of another extraction. Images are the same where their file names are.
+        other: Rows of `objects` of another extraction. Images with the same file name are the same.
         iou: The smallest overlap of a pair.
 
     Returns:
@@ -30,9 +30,10 @@ def align(one: pd.DataFrame, other: pd.DataFrame, iou: float = 0.5) -> pd.DataFr
 
     Raises:
         InputError: The tables share no image.
+        SettingError: `iou` is out of range.
     """
     if not 0 < iou <= 1:
-        raise SettingError(f"iou is {iou}; an overlap is above 0 and at most 1.")
+        raise SettingError(f"iou is {iou}, but must be above 0 and at most 1.")
     by_file = other.groupby("file_name").indices
     groups = one.groupby("file_name").indices
     if len(one) and len(other) and not groups.keys() & by_file.keys():
@@ -62,22 +63,22 @@ def compare(
     iou: float = 0.5,
     debiased: bool = True,
 ) -> pd.DataFrame:
-    """Return the linear CKA of each decoder layer of one extraction with each of another, over the objects both found.
+    """Return the linear CKA of each decoder layer of one extraction with each of another, over objects found in both.
 
     Args:
-        one: With `pred_logits`, `pred_boxes`, and `decoder_output` or `query_embeddings`.
+        one: An extraction with `pred_logits`, `pred_boxes`, and `decoder_output` or `query_embeddings`.
         other: An extraction of the same images.
         threshold: The lowest score of an object, in both.
         iou: The smallest overlap of the boxes of a pair.
         debiased: See `detr_lightning.analysis.vectors.linear_cka`.
 
     Returns:
-        Layers of `one` as rows, of `other` as columns, named `decoder 1` to `decoder L`; the last alone where a store
-        holds `query_embeddings` only. `attrs["objects"]` is the number of pairs.
+        Layers of `one` as rows, of `other` as columns, named `decoder 1` to `decoder L`; just `decoder`, the last, if a
+        store has only `query_embeddings`. `attrs["objects"]` is the number of pairs.
 
     Raises:
-        InputError: The stores share no image, or too few objects were found by both.
-        SettingError: A store lacks a key.
+        InputError: The stores share no image, or too few objects were found in both.
+        SettingError: A store lacks a key, or a setting is out of range.
     """
     from detr_lightning.analysis.features import object_features
 
@@ -86,7 +87,7 @@ def compare(
     layers: list[dict[str, np.ndarray]] = []
     pairs = align(tables[0], tables[1], iou)
     if len(pairs) < 4:
-        raise InputError(f"{len(pairs)} objects were found by both; 4 or more are needed. Lower the threshold.")
+        raise InputError(f"{len(pairs)} objects were found in both; at least 4 are needed. Lower the threshold.")
     for store, table, side in zip((one, other), tables, ("one", "other"), strict=True):
         chosen = table.iloc[pairs[side]].reset_index(drop=True)
         if "decoder_output" in store.embedding_keys:

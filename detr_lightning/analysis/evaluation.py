@@ -1,4 +1,4 @@
-"""COCO's numbers from an extraction, without running the model again."""
+"""COCO's metrics from an extraction, without running the model again."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from detr_lightning.store.store import EmbeddingStore
 def evaluate_store(
     store: EmbeddingStore, annotation_file: str | os.PathLike[str], progress: bool | None = None
 ) -> dict[str, float]:
-    """Return COCO's twelve numbers of a store's detections, over the images of the store.
+    """Return COCO's twelve metrics for a store's detections, over the images of the store.
 
-    They are those that `validate` computes for the same model and images.
+    They equal those that `validate` computes for the same model and images.
 
     Args:
         store: A folder with the `pred_logits` and `pred_boxes` of all queries.
@@ -26,12 +26,13 @@ def evaluate_store(
         progress: Show a progress bar; by default for more than 1000 images or after two seconds.
 
     Returns:
-        The numbers by the names in `detr_lightning.detections.METRICS`, from 0 to 1; -1 where no annotated object is of
+        The metrics by their names in `detr_lightning.detections.METRICS`, from 0 to 1; -1 if no annotated object has
         that size.
 
     Raises:
         FileNotFoundError: There is no such annotation file.
-        InputError: The store keeps only some queries, the annotation file is of other images, or has none of them.
+        InputError: The store keeps only some queries; or the annotation file is not in COCO's format, does not match
+            the store's images or categories, or has no annotation for them.
         SettingError: The store lacks the logits or boxes.
     """
     if store.min_score is not None:

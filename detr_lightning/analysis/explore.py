@@ -1,4 +1,4 @@
-"""Embedding Atlas on the objects of a store: the table with thumbnails, a map and neighbours, in a browser."""
+"""Embedding Atlas for the objects of a store: a table with thumbnails, a map and neighbours, in the browser."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ SIDE = 96
 
 NEIGHBOURS = 15
 FEWEST = 4
-"""Fewer objects than these have no map."""
+"""The fewest objects that can be put on a map."""
 
 _LEFT_OUT = ("embedding", "bbox")
 _FIRST = ("category", "score", "outcome", "annotated_category", "iou", "area_class", "file_name")
-"""The columns that are seen without scrolling, right of the thumbnails."""
+"""The columns shown first, next to the thumbnails, so that they are visible without scrolling."""
 
 _MADE_FROM = b"detr_lightning_explore"
 _THREADS = 2
@@ -63,24 +63,25 @@ def prepare(
     image_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> bool:
-    """Write the table that Embedding Atlas shows, unless it exists.
+    """Write the table that Embedding Atlas shows, unless it exists and is up to date.
 
     Args:
         store: The extraction.
         table: Its table of objects, with embeddings.
-        output: The file to write: the columns of the table but the embeddings, with `projection_x`, `projection_y`
-            (UMAP), `neighbors`, and, where the images are found, `crop`.
+        output: The file to write: the columns of the table without the embeddings, plus `projection_x`, `projection_y`
+            (UMAP), `neighbors`, and, if the images are found, `crop`.
         image_dir: Where the images are now; by default where they were when they were extracted.
         progress: Show a progress bar; by default for more than 1000 images or after two seconds.
 
     Returns:
-        Whether the images were there, so that the table has thumbnails.
+        Whether the images were found, so that the table has thumbnails.
 
     Raises:
         FileNotFoundError: Only some images exist, or `image_dir` has none of them.
         InputError: The table has no objects.
+        MissingPackageError: Embedding Atlas is not installed.
     """
-    from detr_lightning.analysis.tables import fingerprint  # Where pyarrow is missing, it asks for another extra.
+    from detr_lightning.analysis.tables import fingerprint  # Not at the top: it would name another extra.
 
     objects = parquet.read_table(table)
     if not len(objects):
@@ -116,11 +117,11 @@ def check_port(port: int) -> None:
     """Check that a port of this machine is free.
 
     Raises:
-        SettingError: It is in use, or is no port.
+        SettingError: It is in use, or is not a valid port.
     """
     with socket.socket() as probe:
         if not 0 < port < 2**16 or probe.connect_ex(("localhost", port)) == 0:
-            raise SettingError(f"port {port} is in use, or none. Choose another with --port.")
+            raise SettingError(f"port {port} is in use, or not a valid port. Choose another with --port.")
 
 
 def export(prepared: Path, pictures: bool, folder: Path) -> None:
@@ -163,7 +164,7 @@ def _command(prepared: Path, pictures: bool, *arguments: str) -> list[str]:
 
 
 def _project(column: pa.ChunkedArray) -> dict[str, pa.Array]:
-    """Return the place of each object on a map, and its nearest neighbours."""
+    """Return the position of each object on a map, and its nearest neighbours."""
     flat = column.combine_chunks()
     vectors = flat.flatten().to_numpy().reshape(len(flat), -1)
     if len(vectors) < FEWEST:
@@ -198,7 +199,7 @@ def _has_image(store: EmbeddingStore, image_id: int, image_dir: str | os.PathLik
 
 
 def _by_image(table: pa.Table) -> Iterator[pa.Table]:
-    """Yield the rows of each image; they lie next to each other."""
+    """Yield the rows of each image, which are adjacent."""
     ids = table["image_id"].to_numpy()
     bounds = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
     for low, high in itertools.pairwise(bounds):

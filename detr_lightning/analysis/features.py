@@ -1,4 +1,4 @@
-"""The features of objects at each layer: from their boxes in the feature maps, from their queries in the decoder."""
+"""The features of objects at each layer: from boxes in the feature maps, and from queries in the decoder."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def object_features(
 ) -> dict[str, np.ndarray]:
     """Return the features of each object at each layer.
 
-    From a map of the image, this is the mean over the object's box (RoIAlign, He et al., 2017); from the decoder, the
+    In a feature map, these are the means over the object's box (RoIAlign, He et al., 2017); in the decoder, the
     embedding of the object's query in each layer. `box` is the box itself, relative to the image: a baseline
-    of size and position alone.
+    with only size and position.
 
     Args:
         store: The extraction.
-        table: Rows of `objects`, or the found ones of `match`: `image_id`, `query` and the corners are read.
-        keys: Of `backbone_features`, `encoder_output`, `encoder_layers`, `decoder_output`; by default those that the
-            store holds.
+        table: Rows of `objects`, or the found rows of `match`: `image_id`, `query` and the corners are read.
+        keys: Any of `backbone_features`, `encoder_output`, `encoder_layers`, `decoder_output`; by default those that
+            the store has.
 
     Returns:
         Matrices `[N, d]` in the order of the table: `box`, `backbone`, `encoder` or `encoder 1` to `encoder L`, and
-        `decoder 1` to `decoder L`. Of a model with several feature maps, each has its own: `encoder level 0` and so on.
+        `decoder 1` to `decoder L`. A model with several feature maps has one matrix for each: `encoder level 0` etc.
 
     Raises:
-        SettingError: The store lacks a key, or a row has no query since it was missed.
+        SettingError: The store lacks a key, or a row has no query since the object was missed.
     """
     known = (*MAPS, "encoder_layers", "decoder_output")
     if keys is None:
@@ -48,7 +48,7 @@ def object_features(
         check_choice("keys", key, known)
     store.require(*keys)
     if table["query"].isna().any():
-        raise SettingError("some objects have no query: they were missed. Take table[table.found].")
+        raise SettingError("some objects have no query, since they were missed. Use table[table.found].")
     parts: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     order = []
     for image_id, places in table.groupby("image_id", sort=False).indices.items():

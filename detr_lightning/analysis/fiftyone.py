@@ -40,14 +40,14 @@ def to_dataset(
 
     Args:
         store: The extraction, with `query_embeddings`, `pred_logits` and `pred_boxes`.
-        name: The dataset's name; by default FiftyOne finds one.
+        name: The dataset's name; by default FiftyOne chooses one.
         threshold: The lowest score of a detection.
         annotation_file: COCO's `instances_*.json` of these images, for the field `ground_truth`.
         image_dir: Where the images are now; by default where they were when they were extracted.
 
     Raises:
-        FileNotFoundError: An image or the annotation file is not there.
-        InputError: The annotation file is not COCO's, or one of other images.
+        FileNotFoundError: An image file or the annotation file does not exist.
+        InputError: The annotation file is not in COCO's format, or does not match the store's images or categories.
         SettingError: The store lacks a key.
     """
     samples = list(to_samples(store, threshold=threshold, annotation_file=annotation_file, image_dir=image_dir))
@@ -63,7 +63,7 @@ def to_samples(
     annotation_file: str | os.PathLike[str] | None = None,
     image_dir: str | os.PathLike[str] | None = None,
 ) -> Iterator[Any]:
-    """Yield a FiftyOne sample for each image, which needs no database. The arguments are those of `to_dataset`."""
+    """Yield a FiftyOne sample per image, without a database. The arguments are those of `to_dataset`."""
     table = objects(store, threshold)
     rows = table.groupby("image_id").indices
     annotated: dict[int, list[dict[str, Any]]] = {}

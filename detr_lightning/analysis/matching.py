@@ -1,4 +1,4 @@
-"""The join of detections with COCO's annotations: which annotated objects were found, which were missed."""
+"""Joining detections with COCO's annotations: which annotated objects were found, and which were missed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from detr_lightning.analysis.objects import CORNERS, objects
 from detr_lightning.analysis.overlap import Annotated, area_classes, assign
 from detr_lightning.store.store import EmbeddingStore
 
-# Below objects, which says what to install where pandas is missing.
+# Below objects, which reports a missing pandas.
 import pandas as pd  # isort: skip
 from detr_lightning.errors import SettingError
 
@@ -43,23 +43,24 @@ def match(
     Args:
         store: The extraction.
         annotation_file: COCO's `instances_*.json` of these images, or one in its format.
-        detections: A table of `objects`, perhaps filtered; by default all above `threshold`.
+        detections: A table of `objects`, perhaps filtered; by default all of them.
         iou: The smallest overlap, intersection over union.
-        threshold: As for `objects`, where `detections` is not given.
-        same_category: Whether a detection must name the annotated category. `category` is the annotation's.
+        threshold: As for `objects`, if `detections` is not given.
+        same_category: Whether a detection must have the annotated category. `category` is always the annotation's.
 
     Returns:
         `annotated`: a row for each annotated object of the store's images, with every field of its annotation (its
-        `id` is `annotation_id`), `file_name`, `category`, `area_class` (small, medium, large), `found`, and, where it
+        `id` is `annotation_id`), `file_name`, `category`, `area_class` (small, medium, large), `found`, and, if it
         was found, `query`, `score`, `iou`, the corners of the detected box, and `embedding`. `unmatched`: the other
         detections; `on_crowd` is True for one that overlaps a crowd, which COCO does not count as an error.
 
     Raises:
         FileNotFoundError: There is no such annotation file.
-        InputError: It is no COCO annotation file, or one of other images.
+        InputError: The annotation file is not in COCO's format, or does not match the store's images or categories.
+        SettingError: The store lacks a key, or a setting is out of range.
     """
     if not 0 < iou <= 1:
-        raise SettingError(f"iou is {iou}; an overlap is above 0 and at most 1.")
+        raise SettingError(f"iou is {iou}, but must be above 0 and at most 1.")
     content = read_annotations(annotation_file, store)
     if detections is None:
         detections = objects(store, threshold)

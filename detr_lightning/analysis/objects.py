@@ -39,7 +39,7 @@ def objects(
 
     Args:
         store: A folder with `pred_logits` and `pred_boxes`.
-        threshold: From 0 to 1; 0 gives all queries, "no object" or not.
+        threshold: The lowest score, from 0 to 1; 0 returns all queries, including those for "no object".
         image_ids: Which images; by default all.
         key: Where `embedding` comes from: `query_embeddings`, `decoder_output`, or None for a table without embeddings.
         layer: With `decoder_output`, which decoder layer; 0 is the first, -1 the last.
@@ -48,11 +48,11 @@ def objects(
         progress: Show a progress bar; by default for more than 1000 images or after two seconds.
 
     Returns:
-        The columns `image_id`, `file_name`, `query` (0 to 99), `category_id`, `category`, `score`, the corners `x1`,
-        `y1`, `x2`, `y2` and COCO's `bbox` `[x, y, width, height]` in pixels of the original image, `area_class` (small,
-        medium or large, by the area of the box), and `embedding`, an array for each row: `np.stack(table.embedding)` is
-        the matrix. By image, then by query. Where nothing reaches the threshold the table is empty, and a warning names
-        the best score.
+        The columns `image_id`, `file_name`, `query` (0 to 99 for DETR), `category_id`, `category`, `score`, the corners
+        `x1`, `y1`, `x2`, `y2` and COCO's `bbox` `[x, y, width, height]` in pixels of the original image, `area_class`
+        (small, medium or large, by the area of the box), and `embedding`, an array for each row:
+        `np.stack(table.embedding)` is the matrix. Sorted by image, then by query. If nothing reaches the threshold, the
+        table is empty, and a warning names the best score.
 
         With `annotation_file` also `outcome`, and the annotated object that it refers to: `annotation_id`,
         `annotated_category_id`, `annotated_category`, and the overlap `iou`. An outcome is `matched`, `crowd`, or an
@@ -61,8 +61,8 @@ def objects(
 
     Raises:
         FileNotFoundError: There is no such annotation file.
-        UnknownImageError: The store holds no such image.
-        InputError: The annotation file is not COCO's, or one of other images.
+        UnknownImageError: The store has no such image.
+        InputError: The annotation file is not in COCO's format, or does not match the store's images or categories.
         SettingError: The folder lacks a key, or a setting is out of range.
     """
     reader = ObjectReader(store, threshold, image_ids, key, layer, annotation_file, iou)
@@ -73,7 +73,7 @@ def objects(
 
 
 def frame_of(reader: ObjectReader, progress: bool | None = None) -> pd.DataFrame:
-    """Return all that a reader finds as a DataFrame."""
+    """Return all objects that a reader finds as a DataFrame."""
     blocks = list(reader.blocks(progress))
     columns = {}
     for name in reader.columns:

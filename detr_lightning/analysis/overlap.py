@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 AREAS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
-"""COCO's classes of an object's area in pixels: each reaches up to its number."""
+"""COCO's size classes: each contains areas, in square pixels, below its number."""
 
 BACKGROUND_IOU = 0.1
-"""A detection that overlaps no annotated object by more than this counts as background, as in TIDE."""
+"""A detection that overlaps every annotated object by less than this counts as background, as in TIDE."""
 
 
 class Annotated(NamedTuple):
@@ -22,7 +22,7 @@ class Annotated(NamedTuple):
     boxes_xyxy: np.ndarray
     """`[M, 4]`."""
     crowd: np.ndarray
-    """`[M]`, bool: this one stands for many objects, and no detection is matched with it."""
+    """`[M]`, bool: whether it stands for many objects; no detection is matched with it."""
 
     @classmethod
     def of(cls, annotations: Sequence[Mapping[str, Any]]) -> Annotated:
@@ -37,9 +37,9 @@ class Assignment(NamedTuple):
     """For each detection of an image: the annotated object that it was compared with, and the outcome."""
 
     annotated: np.ndarray
-    """`[N]`: the position of the annotated object; -1 where a detection overlaps none."""
+    """`[N]`: the position of the annotated object; -1 if there is none."""
     iou: np.ndarray
-    """`[N]`: the overlap with it; over the detection's own area where it is a crowd."""
+    """`[N]`: the overlap with it; for a crowd, divided by the detection's own area."""
     outcome: np.ndarray
     """`[N]`: `matched`, `crowd`, or the kind of error, as `OUTCOMES` explains them."""
 
@@ -66,9 +66,9 @@ def overlaps(boxes: np.ndarray, others: np.ndarray, crowd: np.ndarray | None = N
     """Return the intersection over union of `[N, 4]` and `[M, 4]` boxes, given by corners, as `[N, M]`.
 
     Args:
-        boxes: Of detections.
-        others: Of annotated objects.
-        crowd: `[M]`, where the intersection is divided by the detection's own area, as in COCO's evaluation.
+        boxes: The boxes of detections.
+        others: The boxes of annotated objects.
+        crowd: `[M]`, True if the intersection is divided by the detection's own area, as in COCO's evaluation.
     """
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
@@ -98,8 +98,8 @@ def assign(
         scores: `[N]`.
         category_ids: `[N]`.
         annotated: The image's annotated objects.
-        iou: The smallest overlap.
-        same_category: Whether the category has to agree.
+        iou: The smallest overlap of a match.
+        same_category: Whether the categories must agree.
     """
     nearest, best = np.full(len(boxes), -1), np.zeros(len(boxes))
     outcome = np.full(len(boxes), "background", dtype=object)
@@ -126,7 +126,7 @@ def assign(
 
 
 def _explain(single: np.ndarray, crowd: np.ndarray, same: np.ndarray, iou: float) -> tuple[str, np.ndarray]:
-    """Return why a detection was not matched, and the overlaps `[M]` of which the largest is the reason."""
+    """Return why a detection was not matched, and the overlaps `[M]`, the largest of which is the reason."""
     right, wrong = single * same, single * ~same
     if crowd.max() >= iou:
         return "crowd", crowd

@@ -1,4 +1,4 @@
-"""The images of a store, and the parts of them that show an object."""
+"""The images of a store, and the crops that show an object."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ def open_picture(store: EmbeddingStore, image_id: int, image_dir: str | os.PathL
     """Return an image of a store in RGB, in the orientation that the store's boxes refer to.
 
     Raises:
-        FileNotFoundError: The image is not there.
+        UnknownImageError: The store has no such image.
+        FileNotFoundError: The image file does not exist.
         UnreadableImageError: It cannot be read.
     """
     return read_picture(store, store.image_path(int(image_id), image_dir))
 
 
 def read_picture(store: EmbeddingStore, image: str | os.PathLike[str] | Image.Image) -> Image.Image:
-    """Return any image in RGB, turned as the store's images were turned.
+    """Return any image in RGB, rotated by its EXIF tag if the store's images were.
 
     Raises:
         UnreadableImageError: It cannot be read.
@@ -40,7 +41,7 @@ def square_of(size: tuple[int, int], x1: float, y1: float, x2: float, y2: float)
 
 
 def square_around(picture: Image.Image, x1: float, y1: float, x2: float, y2: float) -> Image.Image:
-    """Return the square around a box; grey where it leaves the image."""
+    """Return the square around a box; gray outside the image."""
     left, top, side = square_of(picture.size, x1, y1, x2, y2)
     square = Image.new("RGB", (side, side), "#e8e8e8")
     visible = (max(left, 0), max(top, 0), min(left + side, picture.width), min(top + side, picture.height))

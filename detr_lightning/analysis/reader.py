@@ -1,4 +1,4 @@
-"""Reading the objects of a store, some images at a time, as the columns of a table."""
+"""Reading the objects of a store, a few images at a time, as the columns of a table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from detr_lightning.store.store import EmbeddingStore
 CORNERS = ["x1", "y1", "x2", "y2"]
 COLUMNS = ["image_id", "file_name", "query", "category_id", "category", "score", *CORNERS, "bbox", "area_class"]
 _BLOCK = 64
-"""The images that are read at a time."""
+"""How many images are read at a time."""
 
 Columns = dict[str, np.ndarray]
 """The columns of some rows by name: `[N]`, or `[N, 4]` for `bbox` and `[N, d]` for `embedding`."""
@@ -35,15 +35,15 @@ class ObjectReader:
         store: A folder with `pred_logits` and `pred_boxes`.
         threshold: The lowest score.
         image_ids: Which images; by default all.
-        key: Where `embedding` comes from: `query_embeddings`, `decoder_output`, or None for no embedding.
+        key: Where `embedding` comes from: `query_embeddings`, `decoder_output`, or None for no embeddings.
         layer: With `decoder_output`, which decoder layer.
         annotation_file: A COCO annotation file to compare the objects with.
         iou: The smallest overlap with an annotated object that counts as found.
 
     Raises:
         FileNotFoundError: There is no such annotation file.
-        UnknownImageError: The store holds no such image.
-        InputError: The annotation file is not COCO's, or one of other images.
+        UnknownImageError: The store has no such image.
+        InputError: The annotation file is not in COCO's format, or does not match the store's images or categories.
         SettingError: The folder lacks a key, or a setting is out of range.
     """
 
@@ -59,9 +59,9 @@ class ObjectReader:
         if not 0 <= self.threshold <= 1:
             raise SettingError(f"threshold is {self.threshold}; a score is a probability, from 0 to 1.")
         if self.key not in (None, "query_embeddings", "decoder_output"):
-            raise SettingError(f"key is {self.key!r}; an object has query_embeddings, decoder_output, or None.")
+            raise SettingError(f"key is {self.key!r}, but must be query_embeddings, decoder_output or None.")
         if not 0 < self.iou <= 1:
-            raise SettingError(f"iou is {self.iou}; an overlap is above 0 and at most 1.")
+            raise SettingError(f"iou is {self.iou}, but must be above 0 and at most 1.")
         store, file = self.store, self.annotation_file
         self.predictions = Predictions(store, self.threshold)
         store.require(*([self.key] if self.key else []))
@@ -72,16 +72,16 @@ class ObjectReader:
         self.columns = [*COLUMNS, *compared, *(["embedding"] if self.key else [])]
 
     def blocks(self, progress: bool | None = None) -> Iterator[Columns]:
-        """Yield the columns of some images at a time, and those of no row where there is no image."""
+        """Yield the columns of a few images at a time; without images, those of a table with no rows."""
         names = self.predictions.names
         starts = range(0, max(len(self.ids), 1), _BLOCK)
         for start in track(starts, len(starts), "Reading objects", progress):
             yield self._block(self.ids[start : start + _BLOCK], names)
 
     def nothing_found(self) -> str:
-        """Return why no object was found; known when all blocks have been read."""
+        """Return why no object was found, once all blocks have been read."""
         if not self.ids:
-            return f"No image of {self.store.name} was chosen. It holds {len(self.store)} images."
+            return f"No image of {self.store.name} was chosen. It has {len(self.store)} images."
         return (
             f"No query of {len(self.ids)} images scores {self.threshold} or more; the best is {self.shown_best}, "
             f"in image {self.best_image}. Lower the threshold."
@@ -89,7 +89,7 @@ class ObjectReader:
 
     @property
     def shown_best(self) -> str:
-        """The best score with three digits, rounded down: below a threshold of 1 it does not read as 1."""
+        """The best score with three digits, rounded down, so that a score below 1 is not shown as 1."""
         return f"{math.floor(self.best * 1000) / 1000:.3f}"
 
     def _block(self, ids: list[int], names: dict[int, str]) -> Columns:
@@ -130,7 +130,7 @@ class ObjectReader:
         if self.key != "decoder_output":
             return tensor  # [Q, d]
         if not -len(tensor) <= self.layer < len(tensor):
-            raise SettingError(f"layer is {self.layer}; the decoder has {len(tensor)}, from 0 to {len(tensor) - 1}.")
+            raise SettingError(f"layer is {self.layer}; the decoder has {len(tensor)} layers, 0 to {len(tensor) - 1}.")
         return tensor[self.layer]
 
     @cached_property

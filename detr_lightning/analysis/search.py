@@ -15,7 +15,7 @@ from detr_lightning.analysis.vectors import unit
 from detr_lightning.errors import InputError, MissingPackageError, SettingError
 from detr_lightning.format.files import replacing
 
-# Below tables, which says what to install where pyarrow is missing.
+# Below tables, which reports a missing pyarrow.
 import pyarrow as pa  # isort: skip
 from pyarrow import parquet  # isort: skip
 
@@ -26,28 +26,28 @@ EXACT_ROWS = 100_000
 """Tables with fewer rows are searched exactly by default."""
 
 TRAINING_ROWS = 39
-"""Vectors for each cell of an index that the cells are learned from; the fewest that FAISS does not warn of."""
+"""Training vectors per cell of an index: the fewest for which FAISS does not warn."""
 
 PROBED_SHARE = 32
-"""One in so many cells is searched."""
+"""A search visits one in this many cells."""
 
 
 COMPARED_AT_ONCE = 2**26
-"""Cosines that an exact search holds at a time: 270 MB."""
+"""Cosines that an exact search keeps in memory at a time: 270 MB."""
 
 
 class ObjectSearch:
     """Searches the objects of a Parquet file by cosine similarity.
 
     Args:
-        path: A table that `write_objects` or `write` made.
+        path: A table written by `write_objects` or `write`.
         exact: Compare with every vector; by default for fewer than 100,000 rows. Otherwise FAISS finds the nearest
             through cells of similar vectors, and may miss a few. The index is saved beside the table, in a file that
             ends in `.index.npz`, when it is first needed.
 
     Raises:
         FileNotFoundError: There is no such table.
-        InputError: It is no table with embeddings, or the index beside it is not readable.
+        InputError: It is not a table with embeddings for all objects, or the index beside it is damaged.
         MissingPackageError: An index is needed and FAISS is not installed.
     """
 
@@ -60,7 +60,7 @@ class ObjectSearch:
         except pa.ArrowInvalid as error:
             raise InputError(f"{self.path} is not a Parquet file ({error}).") from error
         if "embedding" not in self._file.schema_arrow.names:
-            raise InputError(f"{self.path} has no column embedding. Write the table with embeddings, and search then.")
+            raise InputError(f"{self.path} has no column embedding. Write the table with embeddings first.")
         self._rest: pa.Table | None = None
         self.exact = len(self) < EXACT_ROWS if exact is None else exact
         self._vectors = torch.from_numpy(self._all_vectors()) if self.exact else None
@@ -79,30 +79,32 @@ class ObjectSearch:
 
         Returns:
             The rows of the table, without embeddings, with `search` (the number of the query), `rank` (from 1) and
-            `similarity` (the cosine). By query, then by rank.
+            `similarity` (the cosine). Sorted by query, then by rank.
 
         Raises:
-            SettingError: `k` is below 1, or the vectors are of another length than the table's.
+            SettingError: `k` is below 1, or the vectors and the table's differ in length.
         """
         if k < 1:
-            raise SettingError(f"k is {k}; ask for one neighbour or more.")
+            raise SettingError(f"k is {k}, but must be at least 1.")
         queries = unit(np.atleast_2d(np.asarray(vectors, np.float32)))
         width = self._width()
         if len(self) and queries.shape[1] != width:
-            raise SettingError(f"the query has {queries.shape[1]} numbers and the vectors of {self.path} have {width}.")
+            raise SettingError(
+                f"the query has {queries.shape[1]} dimensions, but the vectors of {self.path} have {width}."
+            )
         similarity, rows = self._nearest(queries, min(k, len(self)))
-        there = rows >= 0  # FAISS gives -1 where the cells that it searched hold too few.
+        valid = rows >= 0  # FAISS returns -1 if the cells that it searched contain too few vectors.
         if self._rest is None:
             self._rest = self._file.read([name for name in self._file.schema_arrow.names if name != "embedding"])
-        found: pd.DataFrame = self._rest.take(rows[there]).to_pandas()
-        number, rank = np.nonzero(there)
+        found: pd.DataFrame = self._rest.take(rows[valid]).to_pandas()
+        number, rank = np.nonzero(valid)
         found.insert(0, "search", number)
         found.insert(1, "rank", rank + 1)
-        found.insert(2, "similarity", similarity[there].astype(float))
+        found.insert(2, "similarity", similarity[valid].astype(float))
         return found
 
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the cosines and the rows of the nearest, each `[N, k]`."""
+        """Return the cosines and the rows of the nearest vectors, each `[N, k]`."""
         if not k:
             return np.empty((len(queries), 0)), np.empty((len(queries), 0), np.int64)
         if self._vectors is not None:
@@ -119,12 +121,14 @@ class ObjectSearch:
         return int(self._file.schema_arrow.field("embedding").type.list_size)
 
     def _blocks(self) -> Iterator[np.ndarray]:
-        """Yield the vectors of each row group, with length 1."""
+        """Yield the vectors of each row group, scaled to length 1."""
         width = self._width()
         for number in range(self._file.num_row_groups):
             column = self._file.read_row_group(number, ["embedding"])["embedding"].combine_chunks()
             if column.null_count:
-                raise InputError(f"{self.path} has objects without an embedding: they were missed. Leave them out.")
+                raise InputError(
+                    f"{self.path} has objects without an embedding, since they were missed. Leave them out."
+                )
             yield unit(column.flatten().to_numpy().reshape(-1, width).astype(np.float32, copy=False))
 
     def _all_vectors(self) -> np.ndarray:
@@ -146,7 +150,7 @@ class ObjectSearch:
                     if str(saved["table"]) == table:
                         return faiss.deserialize_index(saved["index"])
             except Exception as error:  # A damaged archive makes numpy and FAISS raise nearly anything.
-                raise InputError(f"{path} is damaged ({error}). Remove it: it is made again.") from error
+                raise InputError(f"{path} is damaged ({error}). Remove it: it will be rebuilt.") from error
         index = self._build_index(faiss)
         with replacing(path) as new:
             np.savez(new, table=np.array(table), index=faiss.serialize_index(index))

@@ -1,6 +1,6 @@
 """Statistics of objects, grouped by image: bootstrap intervals, probes, and precision of neighbours.
 
-Objects in one image are not independent. So whole images are resampled or held out, and an object's neighbours are
+Objects in one image are not independent, so whole images are resampled or held out, and an object's neighbours are
 searched in other images.
 """
 
@@ -35,7 +35,7 @@ class GroupMeans(NamedTuple):
     level: float
 
     def difference(self, one: Any, other: Any) -> tuple[float, float, float]:
-        """Return how much larger the mean of one group is, and the interval of this difference.
+        """Return how much larger the mean of `one` is than that of `other`, and the interval of this difference.
 
         Two groups may differ although their intervals overlap: all groups share the draws.
         """
@@ -56,8 +56,8 @@ def by_group(
         group: The column of the groups.
         column: The column to average, such as `found`.
         draws: How many samples of images are drawn, with replacement.
-        level: How much of the draws an interval holds.
-        seed: Of the draws.
+        level: The share of the draws that an interval covers.
+        seed: The random seed of the draws.
 
     Raises:
         SettingError: The table lacks a column, or a setting is out of range.
@@ -65,7 +65,7 @@ def by_group(
     if absent := [name for name in ("image_id", group, column) if name not in table]:
         raise SettingError(f"the table has no column {absent[0]!r}, only {', '.join(map(str, table))}.")
     if not 0 < level < 1 or draws < 1:
-        raise SettingError(f"level is {level} and draws {draws}; a level lies between 0 and 1, draws are 1 or more.")
+        raise SettingError(f"level is {level} and draws is {draws}; level must be between 0 and 1, draws at least 1.")
     values = table[["image_id", group]].assign(value=table[column].astype(float)).dropna()
     cells = values.groupby(["image_id", group], observed=True)["value"].agg(["sum", "size"]).unstack(fill_value=0)
     if cells.empty:
@@ -99,21 +99,21 @@ def probe(
 ) -> pd.DataFrame:
     """Return how well a linear classifier predicts the labels from each kind of features, on held-out images.
 
-    Features are standardised and classified by logistic regression, cross-validated with whole images in each fold.
+    Features are standardized and classified by logistic regression, cross-validated with whole images in each fold.
 
     Args:
-        features: `[N, d]` by name, such as `object_features` returns them.
+        features: `[N, d]` by name, as `object_features` returns them.
         labels: `[N]`.
         image_ids: `[N]`.
         folds: How many parts the images are split into.
-        strength: The inverse of the regularisation, scikit-learn's `C`.
+        strength: The inverse of the regularization, scikit-learn's `C`.
 
     Returns:
         The accuracy in each fold (rows) for each kind of features (columns).
 
     Raises:
         MissingPackageError: scikit-learn is not installed.
-        SettingError: There are fewer images than folds, fewer than two labels, or lengths differ.
+        SettingError: There are fewer images than folds, fewer than two folds or labels, or lengths differ.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -127,7 +127,9 @@ def probe(
     if folds < 2 or images < folds:
         raise SettingError(f"{images} images cannot be split into {folds} folds. Take more images, or fewer folds.")
     if kinds < 2:
-        raise SettingError(f"a probe needs two labels, and there is {kinds}. Take more images, or a lower threshold.")
+        raise SettingError(
+            f"a probe needs two labels or more, but has {kinds}. Take more images, or a lower threshold."
+        )
     for name, matrix in features.items():
         if len(matrix) != len(names) or len(groups) != len(names):
             raise SettingError(f"{name} has {len(matrix)} rows, for {len(names)} labels and {len(groups)} image ids.")
@@ -146,7 +148,7 @@ def precision_at_k(
 
     Args:
         table: Rows with `embedding`, `image_id` and the label.
-        ks: How many neighbours. Where a table has fewer, all of them count.
+        ks: How many neighbours. If there are fewer, all of them count.
         label: The column to compare.
         other_images: Leave out neighbours from the object's own image, which would be too easy.
 
@@ -157,7 +159,7 @@ def precision_at_k(
         SettingError: The table has no embeddings, or a `k` is below 1.
     """
     if not ks or min(ks) < 1:
-        raise SettingError(f"ks is {list(ks)}; name how many neighbours count, such as 1, 5, 10.")
+        raise SettingError(f"ks is {list(ks)}, but must be numbers of neighbours, such as 1, 5, 10.")
     columns = [f"precision at {k}" for k in ks]
     if table.empty:
         return pd.DataFrame({name: pd.Series(dtype=float) for name in columns})
@@ -172,9 +174,9 @@ def precision_at_k(
         if other_images:
             similarity[image_ids[rows, None] == image_ids] = -torch.inf
         best, nearest = similarity.topk(most)  # [rows, most]
-        there = best.isfinite()
-        hits = ((labels[nearest] == labels[rows, None]) & there).cumsum(1)
-        known = there.cumsum(1)
+        valid = best.isfinite()
+        hits = ((labels[nearest] == labels[rows, None]) & valid).cumsum(1)
+        known = valid.cumsum(1)
         places = torch.tensor([min(k, most) - 1 for k in ks])
         shares.append(hits[:, places] / known[:, places])
     return pd.DataFrame(torch.cat(shares).double().numpy(), columns=columns, index=table.index)
@@ -190,7 +192,7 @@ def typicality(table: pd.DataFrame, label: str = "category_id") -> pd.Series[flo
         label: The column of the labels.
 
     Returns:
-        A number for each row; NaN where no other object has its label.
+        A number for each row; NaN if no other object has its label.
 
     Raises:
         SettingError: The table has no embeddings.

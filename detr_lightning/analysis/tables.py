@@ -35,7 +35,7 @@ ROWS = 8192
 _TEXTS = ["file_name", "category", "area_class", "outcome", "annotated_category"]
 
 SOURCE = b"detr_lightning"
-"""The key of a file's own metadata that holds where its objects come from, as JSON."""
+"""The key in a file's metadata that stores the origin of its objects, as JSON."""
 
 
 def write_objects(
@@ -51,14 +51,14 @@ def write_objects(
     overwrite: bool = True,
     progress: bool | None = None,
 ) -> Path:
-    """Write the table of `objects` to a Parquet file, whole or not at all, in the memory that a few images need.
+    """Write the table of `objects` to a Parquet file, whole or not at all, with memory for a few images only.
 
     The columns are those of `detr_lightning.analysis.objects.objects`; `embedding` is a list of fixed size. The
     file's own metadata records the store, the model and the settings, under `detr_lightning`.
 
     Args:
-        store: As for `objects`, like all that is not named here.
-        output: A file that ends in `.parquet`. Missing folders are made.
+        store: As for `objects`.
+        output: A file that ends in `.parquet`. Missing folders are created.
         threshold: As for `objects`.
         image_ids: As for `objects`.
         key: As for `objects`.
@@ -69,7 +69,7 @@ def write_objects(
         progress: As for `objects`.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         OSError: The file cannot be written.
@@ -120,7 +120,7 @@ def write(table: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """Return the sha256 of a Parquet file's footer, which records the places, sizes and extremes of all columns."""
+    """Return the sha256 of a Parquet file's footer, which records the position, size and range of every column."""
     with open(path, "rb") as file:
         file.seek(-8, os.SEEK_END)
         length = int.from_bytes(file.read(4), "little")
@@ -142,7 +142,7 @@ def _schema(reader: ObjectReader) -> pa.Schema:
 
 
 def describe(store: EmbeddingStore, reader: ObjectReader | None = None) -> dict[str, Any]:
-    """Return where a table's objects come from, as its file records it: the store, and how its objects were read."""
+    """Return the origin of a table's objects, as its file records it: the store, and how its objects were read."""
     model = store.metadata_file.model
     source: dict[str, Any] = {
         "folder": store.location,

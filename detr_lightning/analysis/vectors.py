@@ -1,4 +1,4 @@
-"""The embeddings of a table as a matrix, and how similar two matrices are."""
+"""The embeddings of a table as a matrix, and the similarity of two matrices."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def embeddings_of(table: pd.DataFrame) -> np.ndarray:
         SettingError: The table has no embeddings, or some of its objects have none.
     """
     if "embedding" not in table or not len(table):
-        raise SettingError("the table has no embeddings. Make it with objects(store), or match, and key not None.")
+        raise SettingError("the table has no embeddings. Make it with objects or match, and do not set key to None.")
     if table["embedding"].isna().any():
-        raise SettingError("some objects have no embedding: they were missed. Take table[table.found].")
+        raise SettingError("some objects have no embedding, since they were missed. Use table[table.found].")
     return np.stack(list(table["embedding"]))
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Return vectors `[..., d]` with length 1, so that their products are cosines."""
+    """Return vectors `[..., d]` scaled to length 1, so that their dot products are cosines."""
     return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True).clip(min=1e-12))
 
 
 def linear_cka(one: Sequence[np.ndarray], other: Sequence[np.ndarray], debiased: bool = False) -> np.ndarray:
     """Return the linear centered kernel alignment of each matrix of one list with each of the other.
 
-    It compares two representations of the same rows: 1 where they differ by a rotation and a scale only (Kornblith et
+    It compares two representations of the same rows: 1 if they differ only by a rotation and a scale (Kornblith et
     al., 2019).
 
     Args:
@@ -47,12 +47,12 @@ def linear_cka(one: Sequence[np.ndarray], other: Sequence[np.ndarray], debiased:
         `[len(one), len(other)]`.
 
     Raises:
-        SettingError: Numbers of rows differ, or there are too few.
+        SettingError: The numbers of rows differ, or there are too few rows.
     """
     rows = {len(matrix) for matrix in (*one, *other)}
     fewest = 4 if debiased else 2
     if len(rows) != 1 or min(rows) < fewest:
-        raise SettingError(f"CKA compares the same {fewest} rows or more; the matrices have {sorted(rows)} rows.")
+        raise SettingError(f"CKA needs matrices of equally many rows, at least {fewest}; these have {sorted(rows)}.")
     product = _debiased_product if debiased else _product
     first, second = ([_prepared(matrix, debiased) for matrix in matrices] for matrices in (one, other))
     norms = [np.array([product(matrix, matrix) for matrix in matrices]) for matrices in (first, second)]

@@ -1,1 +1,1 @@
-"""Writing an extraction: the run, its journals, the callback."""
+"""Writing an extraction: the run, its journals, and the callbacks."""

@@ -1,4 +1,4 @@
-"""Refusals that all layouts share: an output folder with other settings or images, a run with images missing."""
+"""Checks that all layouts share: the same settings and images as in earlier runs, and no image missing."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from detr_lightning.format.identity import RunSettings
 Place = Path | str
 
 HashFiles = Callable[[Collection[int]], Mapping[int, str]]
-"""Returns the sha256 of images' files by id."""
+"""Returns the sha256 of each image's file, by image id."""
 
 
 def refuse_used(output_dir: Place) -> NoReturn:
-    """Refuse an output folder that is not empty, where `if_exists` is `error`.
+    """Refuse an output folder that is not empty, when `if_exists` is `error`.
 
     Raises:
         FileExistsError: Always.
     """
     raise FileExistsError(
         f"output_dir {output_dir} is not empty, and writer.if_exists is 'error'. Choose another output_dir, "
-        "or writer.if_exists=resume to go on or overwrite to start again."
+        "or writer.if_exists=resume to continue or overwrite to start again."
     )
 
 
@@ -37,22 +37,22 @@ def refuse_other_settings(
     Args:
         output_dir: The output folder or URL.
         finished: The ids of the finished images.
-        earlier: Returns the settings that they were extracted with.
-        settings: Those of this run.
+        earlier: Returns the settings they were extracted with.
+        settings: This run's settings.
 
     Raises:
-        InputError: They differ, or are not recorded; the message names each setting with both values.
+        InputError: The settings differ, or the earlier ones are not recorded; the message names each with both values.
     """
     try:
         differences = settings.differences(earlier())
     except InputError as error:
         raise InputError(
-            f"output_dir {output_dir} does not record with which settings its images were extracted ({error}). "
+            f"output_dir {output_dir} does not record the settings its images were extracted with ({error}). "
             "Choose another output_dir, or writer.if_exists=overwrite."
         ) from error
     if differences:
         raise InputError(
-            f"output_dir {output_dir} holds {len(finished)} images extracted with other settings: "
+            f"output_dir {output_dir} contains {len(finished)} images extracted with other settings: "
             f"{'; '.join(differences)}. Use the same settings, another output_dir, or writer.if_exists=overwrite."
         )
 
@@ -60,28 +60,28 @@ def refuse_other_settings(
 def refuse_other_images(
     output_dir: Place, finished: Mapping[int, ImageEntry], planned: Mapping[int, ImageEntry]
 ) -> None:
-    """Check that no finished image has the id of another planned one.
+    """Check that no finished image differs from the planned image with the same id.
 
     Raises:
-        InputError: One has; the message names what differs.
+        InputError: One differs in file name or size; the message names both values.
     """
     for image_id, entry in planned.items():
         before = finished.get(image_id)
         for name in ("file_name", "width", "height"):
             if before is not None and getattr(before, name) != getattr(entry, name):
                 raise InputError(
-                    f"output_dir {output_dir} has image {image_id} with {name} {getattr(before, name)}, now "
-                    f"it is {getattr(entry, name)}. Choose another output_dir, or writer.if_exists=overwrite."
+                    f"image {image_id} in output_dir {output_dir} was extracted with {name} {getattr(before, name)}, "
+                    f"but now has {getattr(entry, name)}. Choose another output_dir, or writer.if_exists=overwrite."
                 )
 
 
 def refuse_changed_files(
     output_dir: Place, finished: Mapping[int, ImageEntry], planned: Collection[int], hash_files: HashFiles
 ) -> dict[int, ImageEntry]:
-    """Check that the files of finished images are those that were extracted.
+    """Check that the files of finished images have not changed since they were extracted.
 
     Returns:
-        The entries of those whose file was not hashed then, with its sha256 of now.
+        The entries that had no sha256 yet, with the current one filled in.
 
     Raises:
         InputError: Files have changed; the message names them.
@@ -96,8 +96,8 @@ def refuse_changed_files(
     if changed:
         some = ", ".join(changed[:SHOWN]) + (", ..." if len(changed) > SHOWN else "")
         raise InputError(
-            f"output_dir {output_dir} holds {count(len(changed), 'image')} whose file has changed since (another "
-            f"sha256): {some}. Put the earlier files back, choose another output_dir, or writer.if_exists=overwrite."
+            f"output_dir {output_dir} contains {count(len(changed), 'image')} whose file has changed since (different "
+            f"sha256): {some}. Restore the earlier files, choose another output_dir, or use writer.if_exists=overwrite."
         )
     return added
 
@@ -109,10 +109,10 @@ def refuse_missing(output_dir: Place, missing: Sequence[int], planned: int, lack
         output_dir: The output folder or URL.
         missing: The ids of the planned images that are missing.
         planned: The number of planned images.
-        lack: The thing that they lack.
+        lack: What they lack, in the words of the message.
 
     Raises:
-        IncompleteError: One is; the message names a few.
+        IncompleteError: At least one is missing; the message names a few.
     """
     if missing:
         some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")

@@ -14,23 +14,23 @@ from detr_lightning.format.keys import QUERY_INDEX, FeatureSizes, dtype_of
 from detr_lightning.system import SideThreads
 
 QUEUED_IMAGES = 64
-"""Images that may wait to be written. Then the model waits for the disk, and memory stays as it is."""
+"""The most images that may wait to be written. Beyond that the model waits for the disk, and memory stays bounded."""
 
 
 class ImageWriter:
-    """Writes the images of batches on threads of its own.
+    """Writes the images of each batch in background threads.
 
     Args:
-        run: Saves them.
+        run: The run that saves them.
         threads: How many images are written at once.
-        keys: The keys of the model.
+        keys: The model's keys.
         dtype: `writer.dtype`.
         min_score: `writer.min_score`.
-        scoring: Of the model: `softmax` or `sigmoid`.
+        scoring: The model's scoring: `softmax` or `sigmoid`.
 
     Attributes:
-        images_written: Images that are written so far.
-        bytes_written: Their size on disk.
+        images_written: The number of images written so far.
+        bytes_written: Their size on disk in bytes.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class ImageWriter:
         self._waiting: deque[Future[None]] = deque()
 
     def submit(self, prediction: Any) -> None:
-        """Hand a batch to the threads; wait only if too much is waiting already.
+        """Hand a batch to the threads; block only if too many images are waiting already.
 
         Raises:
             OSError: An earlier image could not be written.
-            InputError: A value of an earlier image does not fit into `dtype`.
+            InputError: A value of an earlier image is not finite, or does not fit into `dtype`.
         """
         arrived = HostBatch(prediction)
         for index, features in enumerate(sizes_of_batch(prediction)):
@@ -66,7 +66,7 @@ class ImageWriter:
             self._waiting.popleft().result()
 
     def close(self) -> None:
-        """Drop the waiting images, and finish those that are being written."""
+        """Drop the waiting images, and finish those being written."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._waiting.clear()
 

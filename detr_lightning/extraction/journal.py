@@ -1,11 +1,11 @@
-"""The state of an unfinished run, beside its files: which processes are at work, the settings, the finished images.
+"""The state of an unfinished run: the processes at work, the settings, and the finished images.
 
-Everything lies in the subfolder `.extraction`, which goes when the run finishes:
+It is kept in the output folder's subfolder `.extraction`, which is removed when the run finishes:
 
     run.json        the settings that identify the run, and the images it plans
-    lock            locked by rank 0 while it lives
+    lock            locked by rank 0 while it is alive
     done.jsonl      the images that were finished when the run began
-    rank-N.jsonl    the images that rank N finished since, locked by it while it lives
+    rank-N.jsonl    the images that rank N has finished since, locked by it while it is alive
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from detr_lightning.format.state import DONE, read_journal
 
 
 class Journal:
-    """The record of one rank: a line for each image, written after the image's file is whole.
+    """One rank's record: a line per image, written once the image's file is complete.
 
     Args:
-        path: A new file.
+        path: The file to create.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +36,7 @@ class Journal:
         """Append an entry; any thread may call it.
 
         Raises:
-            OSError: It cannot be written; the message names the file.
+            OSError: The entry cannot be written; the message names the file.
         """
         line = json.dumps(entry).encode() + b"\n"
         with self._lock:
@@ -50,7 +50,7 @@ class Journal:
                 ) from error
 
     def close(self, done: bool) -> None:
-        """Release the lock; `done` states that the rank has processed all its images."""
+        """Release the lock; `done` records that the rank has processed all its images."""
         if not self._file.closed:
             if done:
                 self.add(DONE)
@@ -58,20 +58,20 @@ class Journal:
 
 
 def why_unseen(journal: Path) -> str | None:
-    """Return None where this process sees that the rank of a journal is alive, else why it does not."""
+    """Return why this process cannot see that a journal's rank is alive, or None if it can."""
     try:
         if is_locked(journal):
             return None
     except OSError as error:
         return str(error)
-    return f"its lock on {journal} does not reach rank 0. Choose a file system with locks (flock) for all nodes."
+    return f"its lock on {journal} is not visible to rank 0. Choose a file system with locks (flock) across nodes."
 
 
 def await_done(journals: list[Path]) -> None:
-    """Wait until each rank went through all its images. It may take hours, so nothing here times out.
+    """Wait until each rank has processed all its images. This may take hours, so there is no timeout.
 
     Raises:
-        RuntimeError: A rank's process ended before.
+        RuntimeError: A rank's process ended before that.
         OSError: The file system no longer reports locks.
     """
     for journal in journals:
@@ -79,6 +79,6 @@ def await_done(journals: list[Path]) -> None:
             time.sleep(0.2)
         if not any(entry == DONE for entry in read_journal(journal)):
             raise RuntimeError(
-                f"{journal.stem} ended before it was through with its images. "
+                f"{journal.stem} ended before it had processed all its images. "
                 "What is finished is kept: run the same command again to go on."
             )

@@ -1,4 +1,4 @@
-"""The run of each layout: its planned images, the record of earlier runs, and the class that writes it."""
+"""The run for each layout: its planned images, the record of earlier runs, and the class that writes it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def planned_images(data: COCODataModule) -> tuple[list[ImageEntry], list[SkippedImage]]:
-    """Return the records of the images that are planned, and of those that cannot be read."""
+    """Return the entries of the planned images, and of those that cannot be read."""
     images = [
         ImageEntry(
             record.image_id,
@@ -43,12 +43,13 @@ def previous_runs(layout: str, output_dir: Path | str) -> Previous:
     """Return the record of earlier runs in an output folder or at a URL.
 
     Raises:
-        InputError: It holds another layout or another program's files, or is damaged.
+        InputError: It has another layout, belongs to another program, or is damaged.
+        MissingPackageError: Lance is needed but not installed.
         OSError: It cannot be read.
     """
     if layout == FILES:
         return read_previous(Path(output_dir))
-    from detr_lightning.extraction.previous_table import PreviousTable  # which needs Lance
+    from detr_lightning.extraction.previous_table import PreviousTable  # needs Lance
 
     return PreviousTable.read(str(output_dir))
 
@@ -61,14 +62,14 @@ def planned_run(
     previous: Previous | None = None,
     commit_seconds: float = 30.0,
 ) -> PlannedRun:
-    """Return the run of a job.
+    """Return the run that carries out a job.
 
     Args:
-        trainer: Who computes.
+        trainer: The Trainer that runs the model.
         model: The model.
-        data: The images, which have been found.
+        data: The images, already found by `find_images`.
         writer: The writer's settings as they are recorded.
-        previous: The record of earlier runs, where it was read.
+        previous: The record of earlier runs, if it has been read.
         commit_seconds: See `TableRun`.
     """
     record = provenance(trainer, model, data, writer)
@@ -77,7 +78,7 @@ def planned_run(
     if writer["layout"] == FILES:
         assert previous is None or isinstance(previous, PreviousRun)
         return ExtractionRun(Path(output_dir), record, images, failures, if_exists, data.hash_files, previous)
-    from detr_lightning.extraction.previous_table import PreviousTable  # which needs Lance, as TableRun does
+    from detr_lightning.extraction.previous_table import PreviousTable  # needs Lance, like TableRun
     from detr_lightning.extraction.table_run import TableRun
 
     assert previous is None or isinstance(previous, PreviousTable)

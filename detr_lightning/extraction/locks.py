@@ -1,7 +1,7 @@
-"""Locks: which processes are at work in an output folder.
+"""File locks, which show the processes at work in an output folder.
 
-A lock is the operating system's file lock: it ends with its process, however that ends. Rank 0 locks the folder, and
-each rank its journal.
+The operating system releases a lock when its process ends, however that ends. Rank 0 locks the folder, and each rank
+its journal.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from detr_lightning.format.names import STATE
 from detr_lightning.format.state import no_link
 
 PATIENCE = 60.0
-"""Seconds that a new run waits for processes of a dead one. Without their parent they stop within a few."""
+"""Seconds that a new run waits for the processes of a dead one. Without their parent they stop within a few seconds."""
 
 _inherited: set[int] = set()
-"""Descriptors of the locks of this process, which a forked child must not keep."""
+"""Descriptors of this process's locks, which a forked child must not keep."""
 
 
 def _close_inherited() -> None:
-    # On the descriptors: a file object has a lock of its own, which another thread may have held at the fork.
+    # Closes descriptors, not file objects: each of those has a lock, which another thread may have held at the fork.
     for descriptor in _inherited:
         with contextlib.suppress(OSError):
             os.close(descriptor)
@@ -42,7 +42,7 @@ class LockedFile:
 
     Raises:
         BusyError: Another process has locked it; the message is the file's first line.
-        InputError: It is a link.
+        InputError: It is a link, or lies in a linked folder.
         OSError: It cannot be opened, or its file system has no locks.
     """
 
@@ -59,7 +59,7 @@ class LockedFile:
             except OSError as error:
                 os.close(descriptor)
                 raise _no_locks(path, error) from error
-            # The process that had locked it before may have deleted or moved it in the meantime.
+            # The process that had the lock before may have deleted or moved the file in the meantime.
             if _is_at(descriptor, path):
                 break
             os.close(descriptor)
@@ -67,7 +67,7 @@ class LockedFile:
         _inherited.add(descriptor)
 
     def sign(self) -> None:
-        """Write which process has the lock."""
+        """Write this process's id and host into the file."""
         os.ftruncate(self.descriptor, 0)
         os.write(self.descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
@@ -75,7 +75,7 @@ class LockedFile:
         """Append a line, whole or not at all.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The line cannot be written.
         """
         before = os.fstat(self.descriptor).st_size
         rest = line
@@ -88,15 +88,15 @@ class LockedFile:
             raise
 
     def close(self) -> None:
-        """Give the lock up."""
+        """Release the lock."""
         if self.descriptor in _inherited:
             _inherited.remove(self.descriptor)
             os.close(self.descriptor)
-            self.descriptor = -1  # The system gives the number to the next file.
+            self.descriptor = -1  # The system reuses the number for the next file.
 
     @property
     def closed(self) -> bool:
-        """Whether the lock was given up."""
+        """Whether the lock has been released."""
         return self.descriptor not in _inherited
 
 
@@ -104,7 +104,7 @@ def is_locked(path: Path) -> bool:
     """Return whether a living process has locked a file.
 
     Raises:
-        InputError: It is a link.
+        InputError: It is a link, or lies in a linked folder.
         OSError: The file system does not report locks.
     """
     try:
@@ -123,10 +123,10 @@ def is_locked(path: Path) -> bool:
 
 
 def lock_folder(folder: Path) -> LockedFile:
-    """Lock an output folder, once the processes of a run that died have stopped.
+    """Lock an output folder, and wait until the processes of a dead run have stopped.
 
     Raises:
-        BusyError: Another run is at work, or some process of a dead one does not stop.
+        BusyError: Another run is at work, or a process of a dead run does not stop.
         InputError: The folder's state, or a part of it, is a link.
         OSError: The folder cannot be written, or its file system has no locks.
     """
@@ -134,7 +134,7 @@ def lock_folder(folder: Path) -> LockedFile:
     while True:
         made = [path for path in (folder, state) if not path.exists()]
         if not state.is_symlink():
-            # Raised also for a folder that is moved away just then. A file in its place fails at the lock.
+            # Also raised for a folder that is moved away at this moment. For a file in its place, locking fails.
             with contextlib.suppress(FileExistsError):
                 state.mkdir(parents=True, exist_ok=True)
         try:
@@ -162,7 +162,7 @@ def lock_folder(folder: Path) -> LockedFile:
                 if time.monotonic() > end:
                     raise BusyError(
                         f"{journal} is still locked by a process of an earlier run, {PATIENCE:.0f} s after its first "
-                        "process ended. Stop it, then run the same command again."
+                        "process ended. Stop that process, then run the same command again."
                     )
                 time.sleep(0.2)
     except BaseException:
@@ -172,10 +172,10 @@ def lock_folder(folder: Path) -> LockedFile:
 
 
 def remove_state(folder: Path, lock: LockedFile) -> None:
-    """Remove the state of a run, whose lock this process has, and give the lock up.
+    """Remove the state of a run that this process has locked, and release the lock.
 
-    Under its own name the state is gone at once: on a network file system a file that is still open, such as the
-    lock, leaves a hidden one behind when it is removed, and a run that starts at that moment must find all or nothing.
+    The state is renamed first, so that a run that starts at this moment finds all of it or nothing: on a network file
+    system, an open file such as the lock leaves a hidden one behind when it is removed.
     """
     moved = folder / f"{STATE}.{uuid.uuid4().hex}"
     (folder / STATE).rename(moved)
@@ -184,7 +184,7 @@ def remove_state(folder: Path, lock: LockedFile) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove states that runs moved away and could not remove."""
+    """Remove states that earlier runs renamed but could not remove."""
     for leftover in folder.glob(f"{STATE}.*"):
         if not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -200,6 +200,6 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _no_locks(path: Path, error: OSError) -> OSError:
     return OSError(
         error.errno,
-        f"{path} cannot be locked ({error.strerror}), so two runs could get into each other's way. "
-        "Choose an output_dir on a file system that has locks (flock).",
+        f"{path} cannot be locked ({error.strerror}), so two runs could interfere with each other. "
+        "Choose an output_dir on a file system with locks (flock).",
     )

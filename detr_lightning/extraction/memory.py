@@ -1,4 +1,4 @@
-"""The callback that keeps embeddings in memory, as the files would hold them."""
+"""The callback that keeps embeddings in memory, as the files would store them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class EmbeddingCollector(Callback):
     """Keeps the tensors of each image in memory.
 
     Args:
-        dtype: How embeddings are kept, `float32` or `float16`. Logits and boxes stay float32.
+        dtype: The dtype of embeddings, `float32` or `float16`. Logits and boxes stay float32.
 
     Attributes:
-        tensors: The tensors of each image by its id.
+        tensors: Each image's tensors, by image id.
     """
 
     def __init__(self, dtype: str = "float32") -> None:

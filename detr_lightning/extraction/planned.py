@@ -1,4 +1,4 @@
-"""One run of an extraction in any layout: its plan, and the steps of every run."""
+"""The base class of extraction runs in all layouts: the plan, and the steps of a run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class PlannedRun(ABC):
         images: The planned images.
         failures: Planned images that cannot be read.
         if_exists: `resume`, `overwrite` or `error`.
-        hash_files: Given, the files of finished images are compared with those that were extracted.
+        hash_files: If given, checks that the files of finished images have not changed since they were extracted.
 
     Attributes:
         token: Identifies this run, once it has begun.
-        finished: After `inspect`, the images that need not be computed.
+        finished: After `inspect`, the entries of the images that need not be computed, by id.
         complete: After `inspect`, whether nothing is left to do.
     """
 
@@ -58,12 +58,12 @@ class PlannedRun(ABC):
         Raises:
             OSError: The output folder cannot be used or read.
             FileExistsError: It is not empty, and `if_exists` is `error`.
-            InputError: It holds another extraction, whose layout, settings or images differ.
+            InputError: It contains an extraction with another layout, or with other settings or images.
         """
 
     @abstractmethod
     def begin(self) -> None:
-        """Take the output folder: refuse if another run has it, and clear up after a dead one.
+        """Claim the output folder: refuse if another run is using it, and clean up after a dead one.
 
         Raises:
             BusyError: Another run is at work in it.
@@ -76,15 +76,15 @@ class PlannedRun(ABC):
 
     @abstractmethod
     def shares_folder(self, token: str) -> bool:
-        """Return whether this rank sees the run that rank 0 began: whether both write to one place."""
+        """Return whether this rank sees the run that rank 0 began, so that both write to the same place."""
 
     @abstractmethod
     def unseen(self, world_size: int) -> list[str | None]:
-        """Return for each rank, all having joined, None or why this process would not see that it is alive."""
+        """Return, for each rank, why this process cannot see that it is alive, or None. All ranks must have joined."""
 
     @abstractmethod
     def save(self, image_id: int, tensors: Mapping[str, Tensor], features: FeatureSizes) -> int:
-        """Keep an image's tensors; return their bytes. Any thread may call it."""
+        """Save an image's tensors, and return their size in bytes. Any thread may call it."""
 
     @abstractmethod
     def fail(self, image_id: int, reason: str) -> None:
@@ -92,15 +92,15 @@ class PlannedRun(ABC):
 
     @abstractmethod
     def leave(self, done: bool) -> None:
-        """End this rank; `done` states that it has processed all its images."""
+        """End this rank; `done` records that it has processed all its images."""
 
     @abstractmethod
     def release(self) -> None:
-        """Let go of the output folder without finishing."""
+        """Release the output folder without finishing."""
 
     @abstractmethod
     def finish(self, world_size: int) -> Metadata:
-        """Wait for all ranks, count, and write the metadata.
+        """Wait for all ranks, check that no image is missing, and write and return the metadata.
 
         Raises:
             IncompleteError: A planned image is missing.

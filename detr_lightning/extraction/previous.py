@@ -1,4 +1,4 @@
-"""The record that earlier runs left in a folder: their settings, their images, the files they planned."""
+"""The record that earlier runs left in a folder: their settings, their images, and the files they planned."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class PreviousRun:
     """The record of earlier runs in a folder.
 
     Attributes:
-        finished: Their entries of finished images, by id. Whether the files are whole is not checked.
-        failed: Their entries of skipped images, by id.
-        recorded: Ids of all files that they wrote or planned to write.
-        void: Whether the last run had begun to remove all this.
+        finished: The entries of finished images, by id. Their files are not checked.
+        failed: The entries of skipped images, by id.
+        recorded: The ids of all images whose files they wrote or planned to write.
+        void: Whether the last run had begun to remove all of this.
         stamp: A value that changes when another run changes the folder.
     """
 
@@ -36,7 +36,7 @@ class PreviousRun:
 
     @property
     def settings(self) -> RunSettings:
-        """Their settings.
+        """The settings of the earlier runs.
 
         Raises:
             InputError: They are incomplete, or there is no earlier run.
@@ -47,13 +47,13 @@ class PreviousRun:
 
     @property
     def known(self) -> dict[str, ImageEntry | SkippedImage]:
-        """Their entries of finished and skipped images, by file name."""
+        """The entries of finished and skipped images, by file name."""
         entries: list[ImageEntry | SkippedImage] = [*self.finished.values(), *self.failed.values()]
         return {entry.file_name: entry for entry in entries}
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse an output folder that is a file, or a link to nothing.
+    """Refuse an output folder that is a file, or a link to a folder that does not exist.
 
     Raises:
         FileNotFoundError: It is a link to a folder that does not exist.
@@ -62,7 +62,7 @@ def check_folder(folder: Path) -> None:
     if folder.is_symlink() and not folder.exists():
         raise FileNotFoundError(
             f"output_dir {folder} is a link to {os.readlink(folder)}, which does not exist. "
-            "Make that folder, remove the link, or choose another output_dir."
+            "Create that folder, remove the link, or choose another output_dir."
         )
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output_dir {folder} is a file. Choose a folder, or remove the file.")
@@ -72,13 +72,15 @@ def read_previous(folder: Path) -> PreviousRun:
     """Return the record of earlier runs in a folder, which need not exist.
 
     Raises:
-        InputError: The metadata is another program's, or the state of an unfinished run is damaged.
+        InputError: The folder contains a table, the metadata is another program's, or the state of an unfinished run is
+            damaged.
+        OSError: The folder is a file or a broken link, or cannot be read.
     """
     check_folder(folder)
     if (folder / TABLE).exists():
         raise InputError(
-            f"output_dir {folder} holds one table, not a file per image. Choose another output_dir, or "
-            "writer.layout=lance to go on with the table."
+            f"output_dir {folder} contains one table, not one file per image. Choose another output_dir, or "
+            "writer.layout=lance to continue with the table."
         )
     previous = PreviousRun(stamp=stamp(folder))
     run = read_run(folder)

@@ -15,8 +15,8 @@ class PreviousTable:
     """The record of earlier runs in a table.
 
     Attributes:
-        version: The version of the table that was read; None where there is none.
-        entries: Of finished and skipped images.
+        version: The version of the table that was read; None if there is no table.
+        entries: The entries of finished and skipped images.
     """
 
     version: int | None = None
@@ -24,7 +24,7 @@ class PreviousTable:
 
     @classmethod
     def read(cls, output_dir: str) -> PreviousTable:
-        """Read an output folder or URL, which need not hold a table."""
+        """Read an output folder or URL, which need not contain a table."""
         return cls.of(Table(output_dir)) if object_store.exists(output_dir) else cls()
 
     @classmethod

@@ -17,17 +17,17 @@ from detr_lightning.format.keys import QUERY_INDEX
 from detr_lightning.format.schema import RunRecord
 
 PACKAGES = ("lightning", "torch", "torchvision", "pillow")
-"""Packages whose versions are recorded: the numbers may depend on them."""
+"""Packages whose versions are recorded, since the numbers may depend on them."""
 
 
 def provenance(trainer: Trainer, model: DETRExtractor, data: COCODataModule, writer: Mapping[str, Any]) -> RunRecord:
     """Return the record of a run: its metadata without the images.
 
     Args:
-        trainer: Who computes, where and in which precision.
+        trainer: The Trainer, with its devices and precision.
         model: The model.
         data: The images.
-        writer: The writer's settings, `dtype` and `min_score` among them.
+        writer: The writer's settings, including `dtype` and `min_score`.
     """
     checkpoint = model.checkpoint
     settings = RunSettings(

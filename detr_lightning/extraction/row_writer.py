@@ -1,4 +1,4 @@
-"""The rows of one rank: gathered in memory, written to fragments, and committed every so often."""
+"""The rows of one rank: gathered in memory, written to fragments, and committed at intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BUFFER = 64 * 2**20
 """Bytes of tensors that wait in memory before they are written to a fragment."""
 
 TRIES = 5
-"""The most attempts at a commit."""
+"""The maximum number of attempts at a commit."""
 
 
 class RowWriter:
@@ -22,7 +22,7 @@ class RowWriter:
     Args:
         output_dir: The folder or URL of the table.
         schema: Its columns.
-        commit_seconds: Rows are committed when the last commit is this long ago.
+        commit_seconds: Rows are committed once the last commit is this long ago.
     """
 
     def __init__(self, output_dir: str, schema: Any, commit_seconds: float) -> None:
@@ -59,7 +59,7 @@ class RowWriter:
                 self._commit()
 
     def _commit(self) -> None:
-        """Commit the fragments. A commit may land although it raises, so a blind retry could add rows twice."""
+        """Commit the fragments. One that raises may still have landed, so a blind retry could add rows twice."""
         for left in reversed(range(TRIES)):
             try:
                 Table(self.output_dir).append(self._fragments)

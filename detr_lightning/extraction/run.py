@@ -1,4 +1,4 @@
-"""An extraction into a folder of files: which images are finished, which are missing, and its end."""
+"""The run of an extraction into a folder with one file per image."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class ExtractionRun(PlannedRun):
         images: The planned images.
         failures: Planned images that cannot be read.
         if_exists: `resume`, `overwrite` or `error`.
-        hash_files: Given, the files of finished images are compared with those that were extracted.
-        previous: The result of `read_previous` for the folder, if it was called; it is read again if it has changed.
+        hash_files: If given, checks that the files of finished images have not changed since they were extracted.
+        previous: The result of `read_previous`, if it was called; the folder is read again if it has changed.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ExtractionRun(PlannedRun):
         Raises:
             OSError: The folder is a file or cannot be read.
             FileExistsError: It is not empty, and `if_exists` is `error`.
-            ValueError: It holds another extraction, whose settings or images differ.
+            InputError: It contains an extraction with another layout, or with other settings or images.
         """
         folder = self.folder
         check_folder(folder)
@@ -102,7 +102,7 @@ class ExtractionRun(PlannedRun):
         )
 
     def begin(self) -> None:
-        """Take the folder: refuse if another run has it, clear up after a dead one, and record the plan.
+        """Claim the folder: refuse if another run is using it, clean up after a dead one, and record the plan.
 
         Raises:
             BusyError: Another run is at work in the folder.
@@ -147,16 +147,16 @@ class ExtractionRun(PlannedRun):
         self._journal = Journal(self.folder / STATE / f"rank-{rank}.jsonl")
 
     def shares_folder(self, token: str) -> bool:
-        """Return whether this rank sees the run that rank 0 began: whether both write to one folder."""
+        """Return whether this rank sees the run that rank 0 began, so that both write to the same folder."""
         return token_of(self.folder) == token
 
     def unseen(self, world_size: int) -> list[str | None]:
-        """Return for each rank, all having joined, None or why this process would not see that it is alive."""
+        """Return, for each rank, why this process cannot see that it is alive, or None. All ranks must have joined."""
         journals = [self.folder / STATE / f"rank-{rank}.jsonl" for rank in range(world_size)]
         return [why_unseen(journal) for journal in journals]
 
     def save(self, image_id: int, tensors: Mapping[str, Tensor], features: FeatureSizes) -> int:
-        """Write an image's file and then its entry; return the file's bytes. Any thread may call it."""
+        """Write an image's file and then its entry, and return the file's size in bytes. Any thread may call it."""
         saved = save_tensors(self.folder, image_id, tensors)
         index = tensors.get(QUERY_INDEX)
         entry = replace(
@@ -170,16 +170,16 @@ class ExtractionRun(PlannedRun):
         return saved.bytes
 
     def fail(self, image_id: int, reason: str) -> None:
-        """Write down that an image was skipped."""
+        """Record that an image was skipped."""
         self._write(SkippedImage(image_id, self.images[image_id].file_name, reason))
 
     def leave(self, done: bool) -> None:
-        """Close this rank's journal; `done` states that the rank has processed all its images."""
+        """Close this rank's journal; `done` records that the rank has processed all its images."""
         if self._journal is not None:
             self._journal.close(done)
 
     def release(self) -> None:
-        """Give the folder up without finishing. A run that has not begun leaves nothing behind."""
+        """Release the folder without finishing. A run that has not begun leaves nothing behind."""
         if self._lock is not None and not self._lock.closed:
             if (self.folder / STATE / RUN).exists():
                 self._lock.close()
@@ -187,10 +187,7 @@ class ExtractionRun(PlannedRun):
                 remove_state(self.folder, self._lock)
 
     def finish(self, world_size: int) -> Metadata:
-        """Wait for all ranks, count, and write the metadata.
-
-        Returns:
-            The metadata.
+        """Wait for all ranks, check that no image is missing, and write and return the metadata.
 
         Raises:
             IncompleteError: A planned image has neither a whole file nor a reason why it was skipped.
@@ -224,7 +221,7 @@ class ExtractionRun(PlannedRun):
         self._journal.add(entry.to_json())
 
     def _forget(self) -> None:
-        """Remove the files of earlier runs, and no others. If this is cut short, the next run continues it."""
+        """Remove the files of earlier runs, and no others. If this is interrupted, the next run continues it."""
         self._previous.failed = {}
         for journal in (self.folder / STATE).glob("*.jsonl"):
             journal.unlink()
@@ -235,7 +232,7 @@ class ExtractionRun(PlannedRun):
 
 
 def free_bytes(output_dir: Path | str) -> int | None:
-    """Return the bytes that the file system of a folder, which need not exist yet, has free; None for a URL."""
+    """Return the free bytes on the file system of a folder, which need not exist yet; None for a URL."""
     if is_url(output_dir):
         return None
     folder = Path(output_dir).absolute()

@@ -1,7 +1,7 @@
-"""The location of a table, and how a run's processes and other runs know of each other there.
+"""The location of a table, and how the processes of its runs detect each other there.
 
-On a disk the table's folder is locked as a folder of files is. An object store has no locks: there, two runs may work
-on one table at once, and a process is known to be alive by the versions that it commits.
+On a disk, the table's folder is locked like a folder of files. An object store has no locks: there, two runs may work
+on one table at once, and the versions that a process commits show that it is alive.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SILENCE = 600.0
 """Seconds without a new version after which a run on an object store gives up on its other ranks."""
 
 POLL = 2.0
-"""Seconds between two looks at a table on an object store."""
+"""Seconds between checks of a table on an object store."""
 
 
 class TableLocation(ABC):
@@ -32,7 +32,7 @@ class TableLocation(ABC):
 
     Attributes:
         output_dir: The folder or URL.
-        exclusive: Whether no other run can be at work here.
+        exclusive: Whether a run here locks out all others.
     """
 
     exclusive: bool
@@ -41,21 +41,21 @@ class TableLocation(ABC):
         self.output_dir = output_dir
 
     def refuse_files(self) -> None:
-        """Refuse a location without a table that cannot have one.
+        """Refuse a location where no table can be created.
 
         Raises:
-            InputError: It holds an extraction with one file per image.
+            InputError: It contains an extraction with one file per image.
             OSError: It is a file, or the object store does not answer.
         """
         if self.holds_files():
             raise InputError(
-                f"output_dir {self.output_dir} holds an extraction with one file per image, not a table. Choose "
-                "another output_dir for writer.layout lance, or make a table of it: detr-lightning convert."
+                f"output_dir {self.output_dir} contains an extraction with one file per image, not a table. "
+                "Choose another output_dir for writer.layout lance, or turn it into a table: detr-lightning convert."
             )
 
     @abstractmethod
     def is_used(self) -> bool:
-        """Return whether there is anything."""
+        """Return whether the location is not empty."""
 
     @abstractmethod
     def holds_files(self) -> bool:
@@ -63,15 +63,15 @@ class TableLocation(ABC):
 
     @abstractmethod
     def has_metadata(self) -> bool:
-        """Return whether there is a `metadata.json`."""
+        """Return whether `metadata.json` exists."""
 
     @abstractmethod
     def remove_metadata(self) -> None:
-        """Remove `metadata.json`: the table is unfinished from here on."""
+        """Remove `metadata.json`: from now on the table counts as unfinished."""
 
     @abstractmethod
     def take(self) -> None:
-        """Keep other runs away, where that is possible, and clear up after a dead one.
+        """Lock out other runs, where that is possible, and clean up after a dead one.
 
         Raises:
             BusyError: Another run is at work here.
@@ -80,19 +80,19 @@ class TableLocation(ABC):
 
     @abstractmethod
     def join(self, rank: int) -> None:
-        """Let the other processes know that a rank is alive."""
+        """Show the other processes that a rank is alive."""
 
     @abstractmethod
     def unseen(self, world_size: int) -> list[str | None]:
-        """Return for each rank, all having joined, None or why this process would not see that it is alive."""
+        """Return, for each rank, why this process cannot see that it is alive, or None. All ranks must have joined."""
 
     @abstractmethod
     def leave(self, done: bool) -> None:
-        """Let the other processes know that this rank has ended; `done` states that it has processed all its images."""
+        """Show the other processes that this rank has ended; `done` records that it has processed all its images."""
 
     @abstractmethod
     def await_ranks(self, world_size: int, image_ids: Collection[int]) -> None:
-        """Wait until every rank has processed its images, or gives no more sign of life.
+        """Wait until every rank has processed its images, or shows no more signs of life.
 
         Raises:
             RuntimeError: A rank ended early.
@@ -100,11 +100,11 @@ class TableLocation(ABC):
 
     @abstractmethod
     def finish(self, metadata: Metadata) -> None:
-        """Write the metadata and let go."""
+        """Write the metadata and release the location."""
 
     @abstractmethod
     def release(self) -> None:
-        """Let go without finishing."""
+        """Release the location without finishing."""
 
 
 class FolderLocation(TableLocation):
@@ -119,7 +119,7 @@ class FolderLocation(TableLocation):
         self._journal: Journal | None = None
 
     def refuse_files(self) -> None:
-        """Refuse a folder that holds an extraction with one file per image, or that is a file."""
+        """Refuse a file, or a folder that contains an extraction with one file per image."""
         if self._folder.exists() and not self._folder.is_dir():
             raise NotADirectoryError(f"output_dir {self._folder} is a file. Choose a folder, or remove the file.")
         super().refuse_files()
@@ -129,11 +129,11 @@ class FolderLocation(TableLocation):
         return self._folder.is_dir() and any(self._folder.iterdir())
 
     def holds_files(self) -> bool:
-        """Return whether there is a `metadata.json` or a file of embeddings."""
+        """Return whether the folder has a `metadata.json` or a file of embeddings."""
         return self.has_metadata() or any(self._folder.glob("embedding_*.pt"))
 
     def has_metadata(self) -> bool:
-        """Return whether there is a `metadata.json`."""
+        """Return whether `metadata.json` exists."""
         return (self._folder / METADATA).exists()
 
     def remove_metadata(self) -> None:
@@ -152,7 +152,7 @@ class FolderLocation(TableLocation):
         self._journal = Journal(self._path(rank))
 
     def unseen(self, world_size: int) -> list[str | None]:
-        """Return for each rank None, or why its lock is not seen."""
+        """Return, for each rank, why its lock is not visible, or None."""
         return [why_unseen(self._path(rank)) for rank in range(world_size)]
 
     def leave(self, done: bool) -> None:
@@ -172,7 +172,7 @@ class FolderLocation(TableLocation):
         fsync_folder(self._folder)
 
     def release(self) -> None:
-        """Give the lock up."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
 
@@ -181,20 +181,20 @@ class FolderLocation(TableLocation):
 
 
 class StoreLocation(TableLocation):
-    """A URL on an object store, where runs cannot keep others away."""
+    """A URL on an object store, where a run cannot lock out others."""
 
     exclusive = False
 
     def is_used(self) -> bool:
-        """Return False: only a table counts there."""
+        """Return False: on an object store only a table counts."""
         return False
 
     def holds_files(self) -> bool:
-        """Return whether there is a `metadata.json`."""
+        """Return whether `metadata.json` exists."""
         return self.has_metadata()
 
     def has_metadata(self) -> bool:
-        """Return whether there is a `metadata.json`."""
+        """Return whether `metadata.json` exists."""
         return object_store.read_file(self.output_dir, METADATA) is not None
 
     def remove_metadata(self) -> None:
@@ -209,7 +209,7 @@ class StoreLocation(TableLocation):
         """Do nothing."""
 
     def unseen(self, world_size: int) -> list[str | None]:
-        """Return None for each rank: its versions will be seen."""
+        """Return None for each rank: the versions it commits will be visible."""
         return [None] * world_size
 
     def leave(self, done: bool) -> None:

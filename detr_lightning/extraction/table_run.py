@@ -1,6 +1,6 @@
-"""An extraction into one Lance table, on a disk or an object store.
+"""The run of an extraction into one Lance table, on a disk or an object store.
 
-On an object store two runs may work on one table at once. Neither loses a row of the other's, and an image that both
+On an object store two runs may work on one table at once. Neither loses the other's rows, and an image that both
 have written is kept once.
 """
 
@@ -33,10 +33,10 @@ from detr_lightning.format.schema import LANCE, Metadata, RunRecord
 from detr_lightning.format.table import PLANNED, Table
 
 STALE = timedelta(days=1)
-"""A run that registered longer ago, and did not finish, is taken for dead."""
+"""An unfinished run that registered longer ago than this is considered dead."""
 
 _RUN = "detr_lightning.run."
-"""Begins the keys of the dataset's config under which runs register while they live."""
+"""The prefix of the keys in the dataset's config under which runs register while they are alive."""
 
 
 class TableRun(PlannedRun):
@@ -48,10 +48,10 @@ class TableRun(PlannedRun):
         images: The planned images.
         failures: Planned images that cannot be read.
         if_exists: `resume`, `overwrite` or `error`.
-        hash_files: Given, the files of finished images are compared with those that were extracted.
+        hash_files: If given, checks that the files of finished images have not changed since they were extracted.
         previous: The record of earlier runs, if it was read; it is read again if the table has changed.
-        features: The feature maps of one image.
-        commit_seconds: A rank commits its rows when its last commit is this long ago: a kill loses no older work.
+        features: The sizes of one image's feature maps.
+        commit_seconds: A rank commits its rows once its last commit is this long ago, so a kill loses no older work.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class TableRun(PlannedRun):
         Raises:
             OSError: The folder is a file, or the object store does not answer.
             FileExistsError: It is not empty, and `if_exists` is `error`.
-            InputError: It holds files, another program's table, or a table of other settings or images.
+            InputError: It contains files, another program's table, or a table with other settings or images.
         """
         self.finished, self.complete, self._hashed = {}, False, {}
-        there = object_store.exists(self.output_dir)
-        if self.if_exists == "error" and (there or self._location.is_used()):
+        has_table = object_store.exists(self.output_dir)
+        if self.if_exists == "error" and (has_table or self._location.is_used()):
             refuse_used(self.output_dir)
-        if not there:
+        if not has_table:
             self._previous = PreviousTable()
             self._location.refuse_files()
             return
@@ -114,7 +114,7 @@ class TableRun(PlannedRun):
         )
 
     def begin(self) -> None:
-        """Take the table: make it, or clear up after a dead run, and register this one.
+        """Claim the table: create it or clean up after a dead run, and register this run.
 
         Raises:
             BusyError: Another run is at work in the folder.
@@ -138,7 +138,7 @@ class TableRun(PlannedRun):
         found.configure({_RUN + self.token: begun, PLANNED: str(num_planned)})
 
     def _create(self) -> Table | None:
-        """Return a new table, or None if another run made it first."""
+        """Return a new table, or None if another run created it first."""
         try:
             return Table.create(self.output_dir, self._schema)
         except OSError:
@@ -155,15 +155,15 @@ class TableRun(PlannedRun):
                 self._rows.add((failure, {}))
 
     def shares_folder(self, token: str) -> bool:
-        """Return whether this rank sees the run that rank 0 began: whether both write to one table."""
+        """Return whether this rank sees the run that rank 0 began, so that both write to the same table."""
         return object_store.exists(self.output_dir) and _RUN + token in Table(self.output_dir).config
 
     def unseen(self, world_size: int) -> list[str | None]:
-        """Return for each rank, all having joined, None or why this process would not see that it is alive."""
+        """Return, for each rank, why this process cannot see that it is alive, or None. All ranks must have joined."""
         return self._location.unseen(world_size)
 
     def save(self, image_id: int, tensors: Mapping[str, Tensor], features: FeatureSizes) -> int:
-        """Add an image's row, to be committed soon; return its tensors' bytes. Any thread may call it."""
+        """Add an image's row, to be committed soon, and return its size in bytes. Any thread may call it."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         index = tensors.get(QUERY_INDEX)
         num_queries = None if index is None else len(index)
@@ -175,21 +175,18 @@ class TableRun(PlannedRun):
         self._add(SkippedImage(image_id, self.images[image_id].file_name, reason), {})
 
     def leave(self, done: bool) -> None:
-        """Close this rank's journal; once the rank has processed all its images, commit the waiting rows first."""
+        """End this rank; if `done`, it has processed all its images, and the waiting rows are committed first."""
         if done:
             assert self._rows is not None, "join comes first"
             self._rows.flush(commit=True)
         self._location.leave(done)
 
     def release(self) -> None:
-        """Let go of the folder without finishing."""
+        """Release the folder without finishing."""
         self._location.release()
 
     def finish(self, world_size: int) -> Metadata:
-        """Wait for all ranks, count the rows, tidy the table, and write the metadata.
-
-        Returns:
-            The metadata.
+        """Wait for all ranks, check that no image is missing, compact the table, and write and return the metadata.
 
         Raises:
             IncompleteError: A planned image has no row.
@@ -213,7 +210,7 @@ class TableRun(PlannedRun):
         self._rows.add((entry, tensors))
 
     def _count(self) -> dict[int, ImageEntry | SkippedImage]:
-        """Return the entry of each row, ascending by id, after removing rows that an image has too many."""
+        """Return the entry of each image, ascending by id, and remove duplicate rows."""
         found = Table(self.output_dir)
         kept: dict[int, tuple[ImageEntry | SkippedImage, int]] = {}
         surplus = []
@@ -228,7 +225,7 @@ class TableRun(PlannedRun):
         return {image_id: kept[image_id][0] for image_id in sorted(kept)}
 
     def _tidy(self) -> None:
-        """Join small fragments, index the ids, and remove old versions where no other run may need them."""
+        """Join small fragments, index the ids, and remove old versions unless another run may need them."""
         found = Table(self.output_dir)
         found.optimise(BUFFER)
         runs = {name: begun for name, begun in found.config.items() if name.startswith(_RUN)}

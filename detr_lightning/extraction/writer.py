@@ -1,4 +1,4 @@
-"""The callback that writes embeddings to disk while the run goes on."""
+"""The callback that writes embeddings to disk during the run."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class EmbeddingWriter(BasePredictionWriter):
     """Writes one `embedding_{image_id:012d}.pt` per image, or one table, and `metadata.json` at the end.
 
     Args:
-        output_dir: The folder; it is created if missing. For a table also a URL, such as `s3://bucket/embeddings`.
+        output_dir: The folder, created if missing; for a table also a URL, such as `s3://bucket/embeddings`.
         dtype: How embeddings are stored, `float32` or `float16`. Logits and boxes stay float32.
-        if_exists: What to do about a folder that is in use: `resume` what is missing, `overwrite` what an earlier run
-            wrote, or stop with an `error` unless it is empty.
-        threads: Threads that write files.
-        min_score: Keep only queries whose best category scores at least this, from 0 to 1, and `query_index`, which
-            lists them. By default all queries are kept.
-        layout: `files`, one per image, or `lance`: one table of all images, on a disk or an object store.
-        commit_seconds: With `lance`, how long ago a process's last commit may be: a kill loses no older work.
+        if_exists: What to do if the folder is not empty: `resume` computes what is missing, `overwrite` replaces what
+            earlier runs wrote, and `error` stops.
+        threads: How many threads write files.
+        min_score: Keep only queries whose best category scores at least this, from 0 to 1, and list them in
+            `query_index`. By default all queries are kept.
+        layout: `files` for one file per image, `lance` for one table of all images, on a disk or an object store.
+        commit_seconds: With `lance`, a process commits its work after this many seconds: a kill loses no older work.
 
     Raises:
-        SettingError: A setting that is not allowed; the message names the allowed ones.
+        SettingError: A setting is not allowed; the message names the allowed values.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class EmbeddingWriter(BasePredictionWriter):
     ) -> None:
         super().__init__("batch")
         if not output_dir:
-            raise SettingError("output_dir is empty. Name a folder; '.' is the one you are in.")
+            raise SettingError("output_dir is empty. Name a folder; '.' is the current one.")
         self.layout = check_choice("writer.layout", layout, LAYOUTS)
         if is_url(output_dir) and layout == FILES:
             raise SettingError(
-                f"output_dir {output_dir} is a URL, and writer.layout files needs a folder. Use writer.layout=lance."
+                f"output_dir {output_dir} is a URL, but writer.layout files needs a folder. Use writer.layout=lance."
             )
         if commit_seconds <= 0:
             raise SettingError(f"writer.commit_seconds is {commit_seconds}, but must be more than 0.")
@@ -82,12 +82,12 @@ class EmbeddingWriter(BasePredictionWriter):
 
     @property
     def images_written(self) -> int:
-        """The images that this process has written in the last run."""
+        """The number of images that this process has written in the last run."""
         return 0 if self._images is None else self._images.images_written
 
     @property
     def bytes_written(self) -> int:
-        """Their size on disk."""
+        """Their size on disk in bytes."""
         return 0 if self._images is None else self._images.bytes_written
 
     @without_collector()
@@ -96,13 +96,13 @@ class EmbeddingWriter(BasePredictionWriter):
 
         Raises:
             OSError: The folder is a file, cannot be read, or (`if_exists` is `error`) is not empty.
-            InputError: It holds another extraction, whose settings or images differ, or another program's files.
-            SettingError: The Trainer is to stop early, or the folder is that of the images.
+            InputError: It contains another program's files, or an extraction with other settings or images.
+            SettingError: The Trainer would stop early, or the folder is `data.image_dir`.
         """
         require_all_batches(trainer, "predict")
         folder = self.output_dir.resolve() if isinstance(self.output_dir, Path) else None
         if data.image_dir and folder == Path(data.image_dir).resolve():
-            raise SettingError(f"output_dir {self.output_dir} is data.image_dir. Choose a folder of its own.")
+            raise SettingError(f"output_dir {self.output_dir} is data.image_dir. Choose another folder.")
         previous = previous_runs(self.layout, self.output_dir) if self.if_exists == "resume" else None
         if previous is not None:
             data.known = previous.known
@@ -126,7 +126,7 @@ class EmbeddingWriter(BasePredictionWriter):
         return model.keys if self.min_score is None else (*model.keys, QUERY_INDEX)
 
     def bytes_needed(self, model: DETRExtractor) -> int:
-        """Return about how many bytes the planned images that are not finished will take, at most with `min_score`."""
+        """Estimate the bytes that the pending images will take; with `min_score` this is an upper bound."""
         assert self.extraction is not None, "plan comes first"
         container = 2048
         architecture = model.detr.architecture
@@ -141,8 +141,9 @@ class EmbeddingWriter(BasePredictionWriter):
 
         Raises:
             OSError: The folder cannot be used, or is not the same for all ranks.
-            InputError: It holds another extraction, whose settings or images differ.
-            SettingTypeError: The model or the data module is not of this package.
+            InputError: It contains another program's files, or an extraction with other settings or images.
+            SettingError: The Trainer would stop early, or the folder is `data.image_dir`.
+            SettingTypeError: The model is not a `DETRExtractor`, or the data module not a `COCODataModule`.
             BusyError: Another run is at work in the folder.
         """
         if stage != "predict":
@@ -166,13 +167,13 @@ class EmbeddingWriter(BasePredictionWriter):
         return run.token, frozenset(run.finished), data.images
 
     def _join(self, trainer: Trainer, model: DETRExtractor, data: COCODataModule, token: str | None) -> str | None:
-        """Join the run that rank 0 began; return why this rank cannot."""
+        """Join the run that rank 0 began; return why this rank cannot, or None if it can."""
         if trainer.is_global_zero:
             return None
         try:
             self.extraction = self._run(trainer, model, data)
             if token is None or not self.extraction.shares_folder(token):
-                return f"output_dir {self.output_dir} is not the folder of rank 0. Choose one that all nodes share."
+                return f"output_dir {self.output_dir} is not rank 0's folder. Choose one that all nodes share."
             self.extraction.join(trainer.global_rank)
         except Exception as raised:
             return str(raised) or repr(raised)
@@ -206,11 +207,11 @@ class EmbeddingWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Hand a batch to the writing threads; wait only if too much is waiting already.
+        """Hand a batch to the writing threads; block only if too many images are waiting already.
 
         Raises:
             OSError: A file could not be written.
-            InputError: A value does not fit into `dtype`.
+            InputError: A value is not finite, or does not fit into `dtype`.
         """
         run, images = self.extraction, self._images
         assert run is not None
@@ -222,12 +223,13 @@ class EmbeddingWriter(BasePredictionWriter):
         images.submit(prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the waiting images; on rank 0 also wait for the other ranks, count, and write the metadata.
+        """Write the waiting images; on rank 0 also wait for the other ranks and write the metadata.
 
         Raises:
             IncompleteError: An image is neither on disk nor listed as skipped.
+            RuntimeError: Another rank ended early.
             OSError: A file could not be written.
-            InputError: A value does not fit into `dtype`.
+            InputError: A value is not finite, or does not fit into `dtype`.
         """
         assert self.extraction is not None
         assert self._images is not None
@@ -242,15 +244,15 @@ class EmbeddingWriter(BasePredictionWriter):
         """Drop the waiting images, finish the files that are being written, and release the folder."""
         if self._images is not None:
             self._images.close()
-        self._let_go()
+        self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the folder, also where nothing was predicted."""
+        """Release the folder, even if nothing was predicted."""
         if isinstance(pl_module, DETRExtractor):
             pl_module.further_keys = ()
-        self._let_go()
+        self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if self.extraction is not None:
             self.extraction.leave(done=False)
             self.extraction.release()

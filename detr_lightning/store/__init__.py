@@ -1,4 +1,4 @@
-"""The folder that an extraction leaves: written by `layout`, read by `EmbeddingStore`, checked by `verify`."""
+"""The output of an extraction: reading, checking, exporting and converting it."""
 
 from detr_lightning.store.store import EmbeddingStore
 

@@ -1,4 +1,4 @@
-"""`python -m detr_lightning.store`: an alias of the command, for its verbs that read a folder."""
+"""`python -m detr_lightning.store`, an alias of the `detr-lightning` command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of files turned into a Lance table, or a table into a folder of files."""
+"""Converting a folder of files into a Lance table, or a table into a folder of files."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ _BYTES_AT_ONCE = 64 * 2**20
 def convert(
     source: str | os.PathLike[str], target: str | os.PathLike[str], progress: bool | None = None
 ) -> EmbeddingStore:
-    """Write an extraction in the other layout: files as a table, a table as files. Every tensor stays bit for bit.
+    """Write an extraction in the other layout: files as a table, a table as files, bit for bit the same tensors.
 
     Args:
         source: A finished extraction.
-        target: A folder that is empty or does not exist yet, or for a table also a URL. Where this fails, a folder is
-            removed again.
+        target: A folder that is empty or does not exist yet; for a table also a URL. A failed conversion leaves the
+            folder as it was.
         progress: Show a progress bar; by default for more than 1000 images or after two seconds.
 
     Returns:
         The extraction in its new layout.
 
     Raises:
-        FileExistsError: The target is in use.
+        FileExistsError: The target is a file, or is not empty.
         FileNotFoundError: There is no finished extraction at the source.
-        InputError: A file of the source is damaged.
+        InputError: The metadata or a file of the source is damaged.
         MissingPackageError: Lance is not installed.
         OSError: The target cannot be written.
-        SettingError: The target of files is a URL.
+        SettingError: The source is a table, and the target is a URL.
     """
     store = EmbeddingStore(source)
     to_files = store.is_table
     target = os.fspath(target)
     if to_files and is_url(target):
-        raise SettingError(f"{target} is a URL, and one file per image needs a folder. Name a folder to convert into.")
+        raise SettingError(f"{target} is a URL, but one file per image needs a folder. Name a folder to convert into.")
     folder = None if is_url(target) else Path(target).expanduser()
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is in use. Name a folder that is empty or does not exist yet.")
+        raise FileExistsError(f"{folder} is a file or not empty. Name a folder that is empty or does not exist yet.")
     existed = folder is not None and folder.exists()
     images = track(_images(store), len(store), "Converting", progress)
     if folder is not None:
@@ -89,10 +89,10 @@ def _write_files(store: EmbeddingStore, folder: Path, images: Iterator[tuple[Ima
 
 
 def _write_table(store: EmbeddingStore, target: str, images: Iterator[tuple[ImageEntry, dict[str, Tensor]]]) -> None:
-    from detr_lightning.format import columns, object_store, table  # which need Lance
+    from detr_lightning.format import columns, object_store, table  # need Lance
 
     if object_store.exists(target):
-        raise FileExistsError(f"{target} has a table already. Name another place.")
+        raise FileExistsError(f"{target} already has a table. Name another target.")
     run, failed = store.metadata_file.run, store.metadata_file.failed()
     features = next((store.entry(image_id).features for image_id in store), None) or FeatureSizes.single((1, 1))
     made = table.Table.create(target, columns.table_schema(run, features))

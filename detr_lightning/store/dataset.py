@@ -16,7 +16,7 @@ from detr_lightning.store.tensors import Tensors
 class EmbeddingDataset(Dataset[tuple[Tensor, Any]]):
     """One key of a store's images, read one by one: items are `(tensor, image id)` or `(tensor, target)`.
 
-    It pickles and costs data workers little: it holds ids and where the tensors are, not the metadata.
+    It can be pickled, and is cheap for data workers: it keeps ids and the location of the tensors, not the metadata.
     """
 
     def __init__(

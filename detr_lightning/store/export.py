@@ -20,7 +20,7 @@ from detr_lightning.store.predictions import Predictions
 from detr_lightning.store.store import EmbeddingStore
 
 SUFFIXES = {"npy": ".npy", "parquet": ".parquet", "safetensors": ".safetensors", "coco": ".json"}
-"""The formats, and how the names of their files end."""
+"""The formats, and the endings of their files' names."""
 
 _BLOCK = 256
 
@@ -41,15 +41,15 @@ def export(
 
     Args:
         store: The extraction.
-        output: The file to write, outside of the store's folder. Missing folders are made.
+        output: The file to write, outside of the store's folder. Missing folders are created.
         format: `npy` writes an array `[N, ...]`, and the image ids beside it in a file that ends in `.ids.npy`.
-            `parquet` writes the columns `image_id`, `embedding`, flattened, and `shape`, which it is reshaped to.
+            `parquet` writes the columns `image_id`, `embedding` (flattened) and `shape` (before flattening).
             `safetensors` writes the tensors `image_ids` and the key; its metadata names the source and the model.
-            `coco` writes detections as pycocotools' `loadRes` reads them.
+            `coco` writes detections in the format that pycocotools' `loadRes` reads.
         key: Which tensor; not used by `coco`.
         image_ids: Which images, in which order; by default all.
         pool: As for `EmbeddingStore.stack`; not used by `coco`.
-        threshold: `coco` leaves out detections that score less; 0 keeps one for each query, as the official code does.
+        threshold: `coco` leaves out detections that score less; 0 keeps as many as there are queries.
         overwrite: Whether to replace an existing file.
         progress: Show a progress bar; by default for more than 1000 images or after two seconds.
 
@@ -57,10 +57,11 @@ def export(
         The files written.
 
     Raises:
-        KeyError: The store holds no such image.
+        UnknownImageError: The store has no such image.
         OSError: A file cannot be written.
-        ValueError: As for `EmbeddingStore.stack`, an unknown format, an output that has another format's ending or lies
-            in the store's folder, or no detection above the threshold.
+        MissingPackageError: The format's package is not installed.
+        SettingError: As for `EmbeddingStore.stack`; or the format is unknown, the output has another format's ending
+            or lies in the store's folder, or no detection reaches the threshold.
     """
     check_choice("format", format, SUFFIXES)
     path = output_path(store, output, SUFFIXES[format], overwrite, ".ids.npy" if format == "npy" else "")
@@ -85,18 +86,18 @@ def export(
 def output_path(
     store: EmbeddingStore, output: str | os.PathLike[str], suffix: str, overwrite: bool = True, beside: str = ""
 ) -> Path:
-    """Check where a file made of a store goes, and make the folders that are missing.
+    """Check and return the path of a file to write from a store, and create missing folders.
 
     Args:
-        store: Where the data comes from.
+        store: The store that the data comes from.
         output: The file to write.
         suffix: The required end of its name.
         overwrite: Whether to replace an existing file.
-        beside: The ending of a second file that is written beside it.
+        beside: The ending of a second file to write beside it, if any.
 
     Raises:
         FileExistsError: It already exists, and `overwrite` is False.
-        SettingError: Its name has another ending, it is a folder, or it lies among the embeddings.
+        SettingError: Its name has another ending, it is a folder, or it lies in the store's folder.
     """
     path = Path(output).expanduser()
     if path.suffix != suffix:
@@ -104,7 +105,9 @@ def output_path(
     if path.is_dir():
         raise SettingError(f"{path} is a folder. Name a file to write.")
     if store.folder is not None and path.resolve().is_relative_to(store.folder.resolve()):
-        raise SettingError(f"{path} lies in the extraction's own folder, which holds nothing else. Write elsewhere.")
+        raise SettingError(
+            f"{path} lies in the extraction's own folder, which must contain nothing else. Write elsewhere."
+        )
     for file in (path, path.with_suffix(beside)) if beside else (path,):
         if not overwrite and file.exists():
             raise FileExistsError(f"{file} already exists. Choose another name, or give --overwrite to replace it.")
@@ -178,10 +181,10 @@ def _write_safetensors(
 
 
 def _write_coco(store: EmbeddingStore, path: Path, ids: list[int], threshold: float, progress: bool | None) -> None:
-    """Write detections row by row: those of a large dataset do not fit into memory as objects.
+    """Write detections image by image, since those of a large dataset do not fit into memory as Python objects.
 
     Raises:
-        ValueError: No detection reaches the threshold; `loadRes` cannot read an empty file.
+        SettingError: No detection reaches the threshold; `loadRes` cannot read an empty file.
     """
     predictions = Predictions(store, threshold)
     separator = "[\n"

@@ -1,4 +1,4 @@
-"""The images of an extraction: their ids, their records, and where they are."""
+"""The images of an extraction: their ids, their records, and their files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
     """The images that the metadata records: the part of `EmbeddingStore` that reads no tensors.
 
     Attributes:
-        folder: Its folder, or None where the store is no folder.
-        name: The name that messages use.
-        metadata_file: Its metadata.
+        folder: The store's folder, or None if it is not a folder.
+        name: The store's name in messages.
+        metadata_file: The store's metadata.
     """
 
     folder: Path | None
@@ -32,7 +32,7 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
 
     @property
     def is_table(self) -> bool:
-        """Whether the store is a Lance table, rather than one file per image or memory."""
+        """Whether the store is a Lance table, rather than one file per image or in memory."""
         return self.metadata_file.layout == LANCE
 
     @property
@@ -42,12 +42,12 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
 
     @property
     def num_planned(self) -> int | None:
-        """How many images the store has when its extraction has finished; None where that is not recorded."""
+        """How many images the finished extraction will have; None if that is not recorded."""
         return self.metadata_file.num_planned if self.is_partial else len(self)
 
     @property
     def progress(self) -> str:
-        """The number of images, and how far an unfinished extraction is: `8 images` or `3 of 8 images, unfinished`."""
+        """The number of images, finished and planned: `8 images` or `3 of 8 images, unfinished`."""
         if not self.is_partial:
             return count(len(self), "image")
         planned = "an unknown number of" if self.num_planned is None else str(self.num_planned)
@@ -55,12 +55,12 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
 
     @property
     def location(self) -> str:
-        """Where the store is: an absolute path, or the name of a store that is no folder."""
+        """The absolute path of the store's folder, or the store's name if it is not a folder."""
         return self.name if self.folder is None else str(self.folder.resolve())
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """All that `metadata.json` holds."""
+        """The content of `metadata.json`."""
         return self.metadata_file.content
 
     @property
@@ -70,17 +70,17 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
 
     @property
     def embedding_keys(self) -> tuple[str, ...]:
-        """The keys that each image's file holds, in the file's order."""
+        """The keys of each image's tensors, in the order of the file."""
         return self.metadata_file.embedding_keys
 
     @property
     def categories(self) -> dict[int, str]:
-        """The names of the categories by logit index, which is the COCO category id; empty if they are unknown."""
+        """The names of the categories by logit index, which for DETR is the COCO category id; empty if unknown."""
         return self.metadata_file.categories
 
     @property
     def min_score(self) -> float | None:
-        """The score that a query needed to be kept (`writer.min_score`), or None where all queries were kept."""
+        """The score that a query needed to be kept (`writer.min_score`), or None if all queries were kept."""
         return self.metadata_file.min_score
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
         return isinstance(image_id, SupportsIndex) and operator.index(image_id) in self.metadata_file
 
     def __eq__(self, other: object) -> bool:
-        return self is other  # Tensors do not compare to one truth.
+        return self is other  # Mapping would compare the tensors, which have no single truth value.
 
     __hash__ = object.__hash__
 
@@ -104,7 +104,7 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
         """Return the record of an image: `file_name`, `width`, `height`, `input_size`, `features`, ...
 
         Raises:
-            KeyError: The store holds no such image; the nearest ids are named.
+            UnknownImageError: The store has no such image; the message names the nearest ids.
             InputError: Its record is incomplete.
         """
         return self.metadata_file.entry(self._known(image_id))
@@ -113,13 +113,13 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
         """Return an image's id as an integer.
 
         Raises:
-            UnknownImageError: The store holds no such image.
+            UnknownImageError: The store has no such image.
         """
         try:
             number = operator.index(image_id)
         except TypeError:
             raise UnknownImageError(
-                f"{image_id!r} is no image id of {self.name}: ids are integers. "
+                f"{image_id!r} is not an image id of {self.name}: ids are integers. "
                 "metadata['images'] lists each with its file_name."
             ) from None
         if number in self.metadata_file:
@@ -133,14 +133,15 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
         raise UnknownImageError(message)
 
     def image_path(self, image_id: SupportsIndex, image_dir: str | os.PathLike[str] | None = None) -> Path:
-        """Return the path of the image itself.
+        """Return the path of the original image file.
 
         Args:
             image_id: One of `image_ids`.
             image_dir: Where the images are now; by default where they were when they were extracted.
 
         Raises:
-            FileNotFoundError: The image is not there.
+            UnknownImageError: The store has no such image.
+            FileNotFoundError: The image file does not exist, or its folder is not recorded.
         """
         file_name = self.entry(image_id).file_name
         if image_dir is None:
@@ -153,15 +154,15 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
         return path
 
     def require(self, *keys: str) -> None:
-        """Check that the files hold these keys.
+        """Check that the store has these keys.
 
         Raises:
-            ValueError: A key is missing; those that the files hold are named.
+            SettingError: A key is missing; the message names the available ones.
         """
         for key in keys:
             if key not in self.embedding_keys:
                 hint = did_you_mean(key, self.embedding_keys)
                 raise SettingError(
-                    f"{self.name} holds no {key!r}, only {', '.join(self.embedding_keys)}.{hint} "
-                    f"Name {key} in model.keys and extract into another folder."
+                    f"{self.name} has no {key!r}, only {', '.join(self.embedding_keys)}.{hint} "
+                    f"Add {key} to model.keys and extract into another folder."
                 )

@@ -14,16 +14,16 @@ from detr_lightning.format.state import RunState, read_entries, read_run, token_
 
 
 def read_partial(folder: Path) -> MetadataFile:
-    """Return the metadata of an extraction that need not have finished.
+    """Return the metadata of an extraction that may be unfinished.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no extraction in it.
-        InputError: Its `metadata.json` or `run.json` is not one of this program's.
+        FileNotFoundError: There is no such folder or no extraction in it, or a run is emptying it.
+        InputError: Its `metadata.json` or `run.json` is damaged or another program's.
     """
     while folder.is_dir() and (run := read_run(folder)) is not None:
         if run.void:
             raise FileNotFoundError(
-                f"{folder} is being emptied by a run with writer.if_exists=overwrite. Run it again to finish."
+                f"{folder} is being emptied by a run with writer.if_exists=overwrite. Run that command again to finish."
             )
         with contextlib.suppress(FileNotFoundError):  # The run has just ended, or another has begun.
             metadata = _so_far(folder, run)

@@ -1,4 +1,4 @@
-"""The detections of a store: its stored logits and boxes, scored as its model scores them."""
+"""The detections of a store: its stored logits and boxes, scored as the model scores them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Predictions:
         store.require("pred_logits", "pred_boxes")
         if store.min_score is not None and threshold < store.min_score:
             raise SettingError(
-                f"threshold is {threshold}, and {store.name} keeps only queries that score {store.min_score} or more. "
-                "Give a threshold that is not lower, or extract into another folder with a lower writer.min_score."
+                f"threshold is {threshold}, but {store.name} keeps only queries that score {store.min_score} or more. "
+                "Raise the threshold to that, or extract into another folder with a lower writer.min_score."
             )
         self.store = store
         model = store.metadata_file.model
@@ -43,7 +43,7 @@ class Predictions:
         """Return the detections of an image, one per stored query; `labels` are COCO category ids where known.
 
         Raises:
-            UnknownImageError: The store holds no such image.
+            UnknownImageError: The store has no such image.
         """
         return to_coco_ids(detect(*self._stored(image_id), self.scoring), self._ids)
 
@@ -51,7 +51,7 @@ class Predictions:
         """Return the detections of an image that the model's own evaluation counts.
 
         Raises:
-            UnknownImageError: The store holds no such image.
+            UnknownImageError: The store has no such image.
         """
         return to_coco_ids(best_detections(*self._stored(image_id), self.scoring), self._ids)
 
@@ -74,10 +74,11 @@ def count_categories(store: EmbeddingStore, threshold: float = 0.7, limit: int =
     Args:
         store: A folder with `pred_logits` and `pred_boxes`.
         threshold: The lowest score that counts.
-        limit: How many images are read, spread evenly over the store.
+        limit: The most images to read, spread evenly over the store.
 
     Raises:
-        SettingError: The folder lacks a key.
+        SettingError: The folder lacks a key, or keeps only queries that score more than `threshold`.
+        InputError: The record of the model is damaged.
     """
     predictions = Predictions(store, threshold)
     scores: dict[int, list[float]] = {}

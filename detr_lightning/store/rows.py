@@ -31,18 +31,18 @@ def read_rows(
     """Return the queries of many images, concatenated.
 
     Args:
-        tensors: Where they are.
+        tensors: The store's tensors.
         key: A key with an axis of queries.
-        ids: The images.
-        counts: The queries that each image kept; None where all were kept.
+        ids: The image ids.
+        counts: How many queries each image kept; None if all were kept.
         progress: Whether to show a progress bar.
 
     Raises:
-        SettingError: The key has no queries, or two shapes differ.
+        SettingError: The key has no axis of queries, or two shapes differ.
     """
     if "queries" not in AXES.get(key, ()):
-        able = ", ".join(name for name, axes in AXES.items() if "queries" in axes)
-        raise SettingError(f"{key} has no axis of queries, and so no rows. Those that have: {able}.")
+        with_queries = ", ".join(name for name, axes in AXES.items() if "queries" in axes)
+        raise SettingError(f"{key} has no axis of queries, so it has no rows. The keys with one: {with_queries}.")
     axis = AXES[key].index("queries")
     first = tensors.read(ids[0], key).movedim(axis, 0)
     numbers = torch.tensor([len(first)] * len(ids) if counts is None else counts)
@@ -54,8 +54,8 @@ def read_rows(
         rows, place = tensor.movedim(axis, 0), values[starts[index] : starts[index + 1]]
         if rows.shape != place.shape:
             raise SettingError(
-                f"{key} of image {ids[index]} is {list(rows.shape)} by queries, where {list(place.shape)} is "
-                "expected: different shapes cannot be read as rows. Choose images of one size."
+                f"{key} of image {ids[index]} has shape {list(rows.shape)} by queries, but {list(place.shape)} "
+                "was expected: different shapes cannot be read as rows. Choose images of one size."
             )
         place.copy_(rows)
 

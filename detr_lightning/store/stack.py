@@ -1,4 +1,4 @@
-"""One key of many images as a single tensor, and pooling."""
+"""Stacking one key of many images into a single tensor, and pooling."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ POOLED_AXES: dict[str, tuple[int, ...]] = {
     "query_embeddings": (0,),  # [Q, d] -> [d]
     "encoder_layers": (1,),  # [L, H*W, d] -> [L, d]
 }
-"""The axes that pooling removes: places of the image, or object queries. Layers and features stay."""
+"""The axes that pooling removes: spatial positions or object queries. Layers and features stay."""
 
 POOLS = ("mean", "max")
 
 
 def check_pool(key: str, pool: str | None) -> None:
-    """Check that a key can be pooled in this way; None is no pooling.
+    """Check that a key can be pooled in this way; None means no pooling.
 
     Raises:
-        SettingError: It cannot.
+        SettingError: It cannot, or the pooling is unknown.
     """
     if pool is not None:
         check_choice("pool", pool, POOLS)
@@ -36,7 +36,11 @@ def check_pool(key: str, pool: str | None) -> None:
 
 
 def pooled(tensor: Tensor, key: str, pool: str | None) -> Tensor:
-    """Return an image's tensor with its places or queries reduced to one, in float32; unchanged without `pool`."""
+    """Return an image's tensor pooled over its spatial positions or queries, in float32; unchanged without `pool`.
+
+    Raises:
+        SettingError: The image has no query to pool.
+    """
     if pool is None:
         return tensor
     axes = POOLED_AXES[key]
@@ -61,7 +65,7 @@ def read_stack(tensors: Tensors, key: str, ids: Sequence[int], pool: str | None,
         tensor = pooled(tensor, key, pool)
         if tensor.shape != first.shape:
             raise SettingError(
-                f"{key} of image {ids[0]} is {list(first.shape)} and of image {ids[row]} {list(tensor.shape)}: "
+                f"{key} of image {ids[0]} has shape {list(first.shape)} and of image {ids[row]} {list(tensor.shape)}: "
                 f"different shapes cannot be stacked.{_advice(key)}"
             )
         stacked[row] = tensor

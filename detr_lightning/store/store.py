@@ -27,12 +27,14 @@ class EmbeddingStore(StoredImages):
 
     Args:
         folder: The `output_dir` of the extraction: a folder, or the URL of a table such as `s3://bucket/embeddings`.
-        partial: Read an extraction that has not finished too: the images that are finished now. The store does not
-            see those that follow.
+        partial: Also read an unfinished extraction: the images finished so far. The store does not see those that
+            finish later.
 
     Raises:
-        FileNotFoundError: There is no such folder, or its extraction has not finished, and `partial` is false.
-        ValueError: The folder's metadata.json is not one of this program's.
+        FileNotFoundError: There is no such folder, or its extraction has not finished and `partial` is False.
+        InputError: Its `metadata.json` is damaged or another program's.
+        MissingPackageError: It is a table, and Lance is not installed.
+        OSError: The object store does not answer, or refuses.
 
     Example:
         >>> store = EmbeddingStore("embeddings_output")
@@ -49,18 +51,18 @@ class EmbeddingStore(StoredImages):
             read = read_partial if partial else read_metadata
             self.metadata_file, self._tensors = read(self.folder), FileTensors(self.folder)
         else:
-            from detr_lightning.store.table import open_table  # which needs Lance
+            from detr_lightning.store.table import open_table  # needs Lance
 
             self.metadata_file, self._tensors = open_table(self.name, partial)
 
     @classmethod
     def of(cls, name: str, metadata: MetadataFile, tensors: Tensors) -> EmbeddingStore:
-        """Return a store that is no folder.
+        """Return a store that is not a folder.
 
         Args:
-            name: The name that messages use.
-            metadata: Its metadata.
-            tensors: Its tensors.
+            name: The store's name in messages.
+            metadata: The store's metadata.
+            tensors: The store's tensors.
         """
         store = cls.__new__(cls)
         store.folder, store.name, store.metadata_file, store._tensors = None, name, metadata, tensors
@@ -72,10 +74,10 @@ class EmbeddingStore(StoredImages):
         return self._tensors.bytes_on_disk
 
     def __getitem__(self, image_id: SupportsIndex) -> dict[str, Tensor]:
-        """Return an image's tensors, read whole.
+        """Return all tensors of an image, by key.
 
         Raises:
-            KeyError: The store holds no such image; the nearest ids are named.
+            UnknownImageError: The store has no such image; the message names the nearest ids.
         """
         return self._tensors.load(self._known(image_id))
 
@@ -83,19 +85,21 @@ class EmbeddingStore(StoredImages):
         """Return the path of an image's file.
 
         Raises:
-            KeyError: The store holds no such image.
-            SettingError: The store has no file per image.
+            UnknownImageError: The store has no such image.
+            SettingError: The store does not have one file per image.
         """
         if not isinstance(self._tensors, FileTensors):
-            raise SettingError(f"{self.name} has no file per image. Read a tensor with load, or all with store[id].")
+            raise SettingError(
+                f"{self.name} does not have one file per image. Read a tensor with load, or all with store[id]."
+            )
         return self._tensors.path(self._known(image_id))
 
     def load(self, image_id: SupportsIndex, key: str) -> Tensor:
         """Return one tensor of an image, without reading the rest of its file.
 
         Raises:
-            KeyError: The store holds no such image.
-            ValueError: The files hold no such key.
+            UnknownImageError: The store has no such image.
+            SettingError: The store has no such key.
         """
         self.require(key)
         return self._tensors.read(self._known(image_id), key)
@@ -112,17 +116,17 @@ class EmbeddingStore(StoredImages):
         Args:
             key: One of `embedding_keys`.
             image_ids: Which images, in which order; by default all.
-            pool: `mean` or `max` over the places of the image or the object queries, in float32; layers stay.
+            pool: `mean` or `max` over the spatial positions or the object queries, in float32; layers stay.
                 `backbone_features` `[C, H, W]` become `[C]`, `encoder_output` `[H*W, d]` and `query_embeddings`
-                `[Q, d]` become `[d]`, `decoder_output` `[L, Q, d]` and `encoder_layers` `[L, H*W, d]` `[L, d]`.
+                `[Q, d]` become `[d]`, `decoder_output` `[L, Q, d]` and `encoder_layers` `[L, H*W, d]` become `[L, d]`.
             progress: Show a progress bar; by default for more than 1000 images or after two seconds.
 
         Returns:
             The image ids, and a tensor `[N, ...]` whose rows are in their order.
 
         Raises:
-            KeyError: The store holds no such image.
-            ValueError: The files hold no such key, it cannot be pooled, no image was chosen, or two shapes differ.
+            UnknownImageError: The store has no such image.
+            SettingError: The store has no such key, it cannot be pooled, no image was chosen, or two shapes differ.
         """
         ids = self._chosen(key, image_ids, pool)
         return ids, read_stack(self._tensors, key, ids, pool, progress)
@@ -139,19 +143,19 @@ class EmbeddingStore(StoredImages):
             `image_ids` `[N]`, `queries` `[N]` and `values` `[N, ...]`; `decoder_output` gives `[N, L, d]`.
 
         Raises:
-            KeyError: The store holds no such image.
-            ValueError: The files hold no such key, it has no queries, no image was chosen, or two shapes differ.
+            UnknownImageError: The store has no such image.
+            SettingError: The store has no such key, it has no queries, no image was chosen, or two shapes differ.
         """
         ids = self._chosen(key, image_ids, None)
         counts = None if self.min_score is None else [self.entry(image_id).num_queries or 0 for image_id in ids]
         return read_rows(self._tensors, key, ids, counts, progress)
 
     def queries(self, image_id: SupportsIndex, count: int) -> Tensor:
-        """Return which queries an image's tensors hold, `[count]`; all, where all were kept."""
+        """Return the indices of the queries in an image's tensors, `[count]`; without `min_score` these are all."""
         return torch.arange(count) if self.min_score is None else self.load(image_id, QUERY_INDEX)
 
     def positions(self, image_id: SupportsIndex, queries: Tensor) -> Tensor:
-        """Return the places of some queries in an image's tensors.
+        """Return the positions of these queries in an image's tensors.
 
         Raises:
             SettingError: One of them was not kept.
@@ -172,7 +176,7 @@ class EmbeddingStore(StoredImages):
         pool: str | None = None,
         targets: Mapping[int, Any] | None = None,
     ) -> EmbeddingDataset:
-        """Return a view for a `DataLoader`, for example to train a probe. Each item is read when it is asked for.
+        """Return a view for a `DataLoader`, for example to train a probe. Each item is read when it is requested.
 
         Args:
             key: One of `embedding_keys`.
@@ -181,25 +185,26 @@ class EmbeddingStore(StoredImages):
             targets: The target of each tensor, by image id; by default the image id itself.
 
         Raises:
-            KeyError: The store holds no such image.
-            ValueError: The files hold no such key, it cannot be pooled, or no image was chosen.
+            UnknownImageError: The store has no such image.
+            SettingError: The store has no such key, it cannot be pooled, or no image was chosen.
         """
         if image_ids is None and targets is not None:
             image_ids = [image_id for image_id in self if image_id in targets]
         return EmbeddingDataset(self._tensors, self._chosen(key, image_ids, pool), key, pool, targets)
 
     def feature_map(self, image_id: SupportsIndex, key: str = "encoder_output", level: int = 0) -> Tensor:
-        """Return a tensor with its places folded back to a map of the image.
+        """Return a tensor with its spatial positions folded back into a feature map.
 
         Args:
             image_id: One of `image_ids`.
             key: `encoder_output` becomes `[d, H, W]`, `encoder_layers` `[L, d, H, W]`, `cross_attention`
                 `[L, Q, H, W]`; `backbone_features` are a map already, of the backbone's last level.
-            level: Which feature map, where the model has several: 0 is the first, with most models the finest.
+            level: Which feature map, if the model has several: 0 is the first, in most models the finest.
 
         Raises:
-            UnknownImageError: The store holds no such image.
-            SettingError: The files hold no such key, it has no places, or there is no such level.
+            UnknownImageError: The store has no such image.
+            SettingError: The store has no such key, the key has no spatial positions, or there is no such level.
+            InputError: The metadata lacks the size of the feature map.
         """
         check_choice("key", key, ("encoder_output", "encoder_layers", "cross_attention", "backbone_features"))
         tensor = self.load(image_id, key)
@@ -213,10 +218,10 @@ class EmbeddingStore(StoredImages):
         return features.fold(tensor if key == "cross_attention" else tensor.transpose(-1, -2), level)
 
     def _chosen(self, key: str, image_ids: Iterable[int] | None, pool: str | None) -> list[int]:
-        """Check the arguments of `stack` and `dataset`, and return the ids."""
+        """Check the arguments of `stack`, `rows` and `dataset`, and return the ids."""
         self.require(key)
         check_pool(key, pool)
         ids = self.image_ids if image_ids is None else list(map(self._known, image_ids))
         if not ids:
-            raise SettingError(f"No image of {self.name} was chosen. It holds {len(self)} images.")
+            raise SettingError(f"No image of {self.name} was chosen. It has {len(self)} images.")
         return ids

@@ -15,11 +15,11 @@ from detr_lightning.store.store import EmbeddingStore
 
 
 def summary(folder: str | os.PathLike[str]) -> Group:
-    """Return what a folder holds, to be printed by rich: its images, its keys with shapes and bytes, how it was made.
+    """Return a description for rich to print: the images, the keys with shapes and bytes, and how they were made.
 
     Raises:
         FileNotFoundError: There is no such folder, or no extraction in it.
-        ValueError: The folder's metadata.json is not one of this program's.
+        InputError: Its `metadata.json` is damaged or another program's.
     """
     store = EmbeddingStore(folder, partial=True)
     metadata = store.metadata_file

@@ -28,7 +28,7 @@ class TableTensors:
     Lance cannot be used in a forked process: each process opens the table itself, when it first reads.
 
     Args:
-        output_dir: The folder or URL that holds the table.
+        output_dir: The folder or URL that contains the table.
     """
 
     def __init__(self, output_dir: str) -> None:
@@ -75,7 +75,7 @@ class TableMetadata(MetadataFile):
     """The `metadata.json` of a table; its images are in the table's rows.
 
     Args:
-        content: All of it, as JSON.
+        content: The content of the file, as JSON.
         tensors: The table's tensors.
     """
 
@@ -102,7 +102,7 @@ class TableMetadata(MetadataFile):
         return self._tensors.reader.entry(image_id)
 
     def entries(self) -> Iterator[Any]:
-        """Yield the JSON objects of the images and of the skipped ones."""
+        """Yield the JSON objects of the finished and skipped images."""
         yield from (entry.to_json() for entry, _ in Table(self._tensors.output_dir).entries())
 
 
@@ -110,12 +110,12 @@ def open_table(output_dir: str, partial: bool = False) -> tuple[TableMetadata, T
     """Return the metadata and the tensors of a table.
 
     Args:
-        output_dir: The folder or URL that holds it.
-        partial: Read the committed rows of a table whose extraction has not finished.
+        output_dir: The folder or URL that contains the table.
+        partial: Also read an unfinished extraction: the rows committed so far.
 
     Raises:
-        FileNotFoundError: There is no table, or its extraction has not finished, and `partial` is false.
-        InputError: Its `metadata.json` or its dataset is not one of this program's.
+        FileNotFoundError: There is no table, or its extraction has not finished and `partial` is False.
+        InputError: Its `metadata.json` or its dataset is damaged or another program's.
         OSError: The object store does not answer, or refuses.
     """
     path = Path(output_dir, METADATA)

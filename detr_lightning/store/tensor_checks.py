@@ -23,7 +23,7 @@ UNIT_RANGE = ("pred_boxes", "cross_attention")
 
 @dataclass(frozen=True)
 class Expected:
-    """The properties of the files, from the metadata; None where it is incomplete."""
+    """The properties that tensors must have, from the metadata; None if it is incomplete."""
 
     shape: ModelShape | None = None
     dtype: str | None = None
@@ -32,7 +32,7 @@ class Expected:
 
     @classmethod
     def of(cls, metadata: MetadataFile) -> Expected:
-        """Return the properties that the metadata of an extraction gives its files."""
+        """Return the properties that follow from an extraction's metadata."""
         try:
             settings = metadata.settings
             scoring = settings.model.scoring if settings.model.scoring in SCORINGS else "softmax"
@@ -47,8 +47,8 @@ def tensor_problems(expected: Expected, entry: ImageEntry, tensors: Mapping[str,
 
     Args:
         expected: The properties that they must have.
-        entry: Of the image in the metadata.
-        tensors: By key.
+        entry: The image's entry in the metadata.
+        tensors: The image's tensors, by key.
     """
     for key, tensor in tensors.items():
         for problem in _tensor_problems(expected, entry, key, tensor):
@@ -69,10 +69,10 @@ def _problems_together(expected: Expected, entry: ImageEntry, tensors: Mapping[s
 def _index_problems(expected: Expected, entry: ImageEntry, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     queries, recorded = tensors[QUERY_INDEX].flatten().tolist(), entry.num_queries
     if recorded != len(queries):
-        yield f"{QUERY_INDEX} has {len(queries)} queries, {METADATA} has {recorded}"
+        yield f"{QUERY_INDEX} has {len(queries)} queries, but {METADATA} records {recorded}"
     total = expected.shape.num_queries if expected.shape else sys.maxsize
     if queries != sorted(set(queries)) or (queries and not 0 <= queries[0] <= queries[-1] < total):
-        yield f"{QUERY_INDEX} does not list queries of the model in their order"
+        yield f"{QUERY_INDEX} does not list queries of the model in ascending order"
     if expected.min_score is not None and "pred_logits" in tensors and queries:
         lowest = probabilities(tensors["pred_logits"], expected.scoring).amax(-1).min().item()
         if lowest < expected.min_score:
@@ -88,11 +88,11 @@ def _tensor_problems(expected: Expected, entry: ImageEntry, key: str, tensor: Te
     elif expected.shape is not None:
         shape = shape_of(key, expected.shape, entry.features, entry.num_queries)
     if shape is not None and tuple(tensor.shape) != shape:
-        yield f"has the shape {list(tensor.shape)}, expected {list(shape)}"
+        yield f"has shape {list(tensor.shape)}, expected {list(shape)}"
     if expected.dtype is not None and tensor.dtype != (dtype := dtype_of(key, expected.dtype)):
         yield f"is {tensor.dtype}, expected {dtype}"
     if not is_plain(tensor):
-        yield "is not contiguous in a storage of its own"
+        yield "is not contiguous in its own storage"
     elif not torch.isfinite(tensor).all():
         yield "has values that are not finite"
     elif key in UNIT_RANGE and tensor.numel() and not 0 <= tensor.min() <= tensor.max() <= 1:

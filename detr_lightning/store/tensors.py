@@ -1,4 +1,4 @@
-"""The tensors of a store: the protocol, one file per image, and memory."""
+"""The sources of a store's tensors: the protocol, one file per image, and memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _THREADS = 4
 
 
 class Tensors(Protocol):
-    """Reads an extraction's tensors. It pickles, and costs data workers little: it holds no metadata."""
+    """Reads an extraction's tensors. It can be pickled, and is cheap for data workers, since it keeps no metadata."""
 
     @property
     def bytes_on_disk(self) -> int:
@@ -59,7 +59,7 @@ class FileTensors:
         """Return all tensors of an image.
 
         Raises:
-            FileNotFoundError: Its file is gone.
+            FileNotFoundError: Its file does not exist.
             InputError: Its file is damaged.
         """
         return reader.load(self.path(image_id))
@@ -68,7 +68,7 @@ class FileTensors:
         """Return one tensor of an image, without reading the others.
 
         Raises:
-            FileNotFoundError: Its file is gone.
+            FileNotFoundError: Its file does not exist.
             InputError: Its file is damaged, or lacks the key.
         """
         return self._reader.read(self.path(image_id), key)
@@ -83,10 +83,10 @@ class FileTensors:
 
 
 class MemoryTensors(Tensors):
-    """Tensors that are in memory.
+    """The tensors of images in memory.
 
     Args:
-        images: The tensors of each image by its id.
+        images: Each image's tensors, by image id.
     """
 
     def __init__(self, images: Mapping[int, dict[str, Tensor]]) -> None:
@@ -94,7 +94,7 @@ class MemoryTensors(Tensors):
 
     @property
     def bytes_on_disk(self) -> int:
-        """None: they are in memory."""
+        """0, since the tensors are in memory."""
         return 0
 
     def load(self, image_id: int) -> dict[str, Tensor]:

@@ -28,15 +28,15 @@ def verify(folder: str | os.PathLike[str], workers: int | None = None, progress:
 
     For each image this checks the file's size and checksums, its keys and their order, shapes, dtypes, that all values
     are finite and in their range, and that `query_embeddings` are the last layer of `decoder_output`; for the folder,
-    that its metadata is complete, unchanged and agrees with itself, and that no file is missing or does not belong.
+    that its metadata is complete, unchanged and consistent, and that no file is missing or foreign.
 
     Args:
         folder: The output folder of an extraction.
-        workers: How many files are checked at once; by default one for each processor.
+        workers: How many files are checked at once; by default one per processor core.
         progress: Show a progress bar; by default for more than 1000 images or after two seconds.
 
     Returns:
-        One line for each problem, none where all is well. A folder that cannot be read at all is a problem too.
+        One line per problem; none if all is well. A folder that cannot be read at all counts as one problem.
     """
     try:
         store = EmbeddingStore(folder)
@@ -56,7 +56,7 @@ def verify(folder: str | os.PathLike[str], workers: int | None = None, progress:
 
 
 def _guarded(name: str, problems: Iterator[str]) -> Iterator[str]:
-    """Yield problems. A check that raises is one too: damaged data can raise anything."""
+    """Yield problems. A check that raises counts as one: damaged data can raise anything."""
     try:
         yield from problems
     except Exception as error:
@@ -64,7 +64,7 @@ def _guarded(name: str, problems: Iterator[str]) -> Iterator[str]:
 
 
 def _printable(text: str) -> str:
-    """Return text that any console can print: names of files may hold bytes that are no characters."""
+    """Return text that any console can print: file names may contain bytes that are not valid characters."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -73,17 +73,17 @@ def _metadata_problems(metadata: MetadataFile) -> Iterator[str]:
     if metadata.changed:
         yield f"{METADATA}: was changed after it was written: its checksum does not match."
     if metadata.num_images != len(ids):
-        yield f"{METADATA}: num_images is {metadata.num_images}, image_ids lists {len(ids)}."
+        yield f"{METADATA}: num_images is {metadata.num_images}, but image_ids lists {len(ids)}."
     if ids != sorted(set(ids)):
         yield f"{METADATA}: image_ids are not ascending, or one is repeated."
     if metadata.extract_type not in list(EXTRACT_TYPES):
-        yield f"{METADATA}: extract_type is {metadata.extract_type!r}, none of {', '.join(EXTRACT_TYPES)}."
+        yield f"{METADATA}: extract_type is {metadata.extract_type!r}, which is none of {', '.join(EXTRACT_TYPES)}."
     if unknown := [key for key in keys if key not in AXES]:
         yield f"{METADATA}: embedding_keys names {', '.join(unknown)}, which this version does not know."
     try:
         _ = metadata.run.settings.model.shape
     except InputError as error:
-        yield f"{METADATA}: {error}, so some checks are left out."
+        yield f"{METADATA}: {error}, so some checks are skipped."
     try:
         if both := sorted({entry.image_id for entry in metadata.failed()}.intersection(ids)):
             yield f"{METADATA}: image {both[0]} is both extracted and failed ({len(both)} such images)."
@@ -98,9 +98,9 @@ def _folder_problems(store: EmbeddingStore) -> Iterator[str]:
     for name in sorted(os.listdir(store.folder)):
         image_id = image_id_of(name)
         if name.startswith(f"{STATE}.") or name == STATE:
-            yield f"{name}: the state of a run that has finished. It can be deleted."
+            yield f"{name}: the leftover state of a finished run. It can be deleted."
         elif Path(name).match(TEMPORARY):
-            yield f"{name}: a temporary file that a killed run left. It can be deleted."
+            yield f"{name}: a temporary file that a killed run left behind. It can be deleted."
         elif image_id is not None and image_id not in store:
             yield f"{name}: its image is not in {METADATA}."
         elif name not in expected and (image_id is None or store.is_table):
@@ -118,7 +118,7 @@ def _file_problems(store: EmbeddingStore, expected: Expected, image_id: int) -> 
     try:
         data = _read(path, entry)
         if entry.bytes != len(data):
-            yield f"{name}: has {len(data)} bytes, {METADATA} has {entry.bytes}."
+            yield f"{name}: has {len(data)} bytes, but {METADATA} records {entry.bytes}."
         tensors = _load(data)
     except InputError as error:
         yield f"{name}: {error}."
@@ -137,18 +137,18 @@ def _row_problems(store: EmbeddingStore, expected: Expected, image_id: int) -> I
 
 
 def _read(path: Path, entry: ImageEntry) -> bytes:
-    """Return a file's bytes, and no more of them than were recorded.
+    """Return a file's bytes, without reading more than were recorded.
 
     Raises:
-        InputError: It is a link or longer than recorded, or cannot be read; the message is to follow its name.
+        InputError: It is a link or longer than recorded, or cannot be read; the message continues the file's name.
     """
     if path.is_symlink():
-        raise InputError(f"is a link to {os.readlink(path)}, not a file of its own")
+        raise InputError(f"is a link to {os.readlink(path)}, not a regular file")
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if entry.bytes is not None and size > entry.bytes:
-                raise InputError(f"has {size} bytes, {METADATA} has {entry.bytes}")
+                raise InputError(f"has {size} bytes, but {METADATA} records {entry.bytes}")
             return file.read()
     except FileNotFoundError:
         raise InputError("missing") from None
@@ -160,7 +160,7 @@ def _load(data: bytes) -> dict[str, Tensor]:
     """Return the tensors of a file.
 
     Raises:
-        InputError: It is damaged, or holds something else; the message is to follow its name.
+        InputError: It is damaged, or contains something else; the message continues the file's name.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -169,9 +169,9 @@ def _load(data: bytes) -> dict[str, Tensor]:
         tensors = torch.load(io.BytesIO(data), weights_only=True)
     except Exception as error:  # A damaged file makes zipfile and torch raise nearly anything.
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise InputError(f"damaged, does not load ({reason})") from error
+        raise InputError(f"is damaged and does not load ({reason})") from error
     if damaged is not None:
-        raise InputError(f"damaged, the checksum of {damaged} is wrong")
+        raise InputError(f"is damaged: the checksum of {damaged} is wrong")
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise InputError("not a dict of tensors")
     return tensors

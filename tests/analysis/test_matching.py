@@ -114,7 +114,7 @@ def test_images_without_objects_or_detections(tmp_path: Path, content: dict[str,
         ),
         (
             {"categories": [{"id": i, "name": "cat"} for i in (1, 3, 18)]},
-            "of other categories .* 1 is 'cat' in the annotations and 'person' in the model",
+            "has other categories .* 1 is 'cat' in the annotations and 'person' in the model",
         ),
         ({"annotations": [{"id": 1, "image_id": 7, "category_id": 1}]}, "'bbox' is missing"),
         ({"annotations": [{"id": 1, "image_id": 7, "category_id": 5, "bbox": [0, 0, 1, 1]}]}, "unknown category 5"),

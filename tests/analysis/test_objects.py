@@ -100,10 +100,10 @@ def test_a_threshold_that_nothing_reaches_gives_an_empty_table(store: EmbeddingS
 
 def test_missing_keys(tmp_path: Path) -> None:
     store = make_store(tmp_path / "few", keys=("query_embeddings", "pred_logits"))
-    with pytest.raises(ValueError, match="holds no 'pred_boxes'"):
+    with pytest.raises(ValueError, match="has no 'pred_boxes'"):
         objects(store)
     store = make_store(tmp_path / "encoder", keys=("encoder_output", "pred_logits", "pred_boxes"))
-    with pytest.raises(ValueError, match="holds no 'query_embeddings'"):
+    with pytest.raises(ValueError, match="has no 'query_embeddings'"):
         objects(store)
     assert len(objects(store, key=None)) == 12
     with pytest.raises(ValueError, match="key is 'encoder_output'"):

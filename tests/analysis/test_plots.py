@@ -164,7 +164,7 @@ def test_every_picture_of_a_model_with_sigmoid_scores_and_several_levels(
     assert {text.get_text().split()[0] for text in figures["embedding_map"].legends[0].get_texts()} == set(
         table.category
     )
-    with pytest.raises(ValueError, match=r"is of a rt_detr_v2, whose decoder attends to a few points"):
+    with pytest.raises(ValueError, match=r"is from a rt_detr_v2, whose decoder attends to a few points"):
         plots.attention(store, image_id)
 
 
@@ -212,7 +212,7 @@ def test_tables_without_embeddings(store: EmbeddingStore) -> None:
 
 def test_what_is_missing_is_named(tmp_path: Path, store: EmbeddingStore) -> None:
     few = make_store(tmp_path / "store")
-    with pytest.raises(ValueError, match=r"holds no 'cross_attention'.* Name cross_attention in model.keys and"):
+    with pytest.raises(ValueError, match=r"has no 'cross_attention'.* Add cross_attention to model.keys and"):
         plots.attention(few, 7)
     with pytest.raises(FileNotFoundError, match="Give image_dir"):
         plots.detections(few, 7)

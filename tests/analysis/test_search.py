@@ -104,7 +104,7 @@ def test_what_cannot_be_searched(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no column embedding"):
         ObjectSearch(write_objects(store, tmp_path / "b.parquet", key=None))
     search = ObjectSearch(write_objects(store, tmp_path / "c.parquet"))
-    with pytest.raises(ValueError, match=r"the query has 5 numbers and the vectors of .* have 16"):
+    with pytest.raises(ValueError, match=r"the query has 5 dimensions, but the vectors of .* have 16"):
         search.search(np.ones(5))
     with pytest.raises(ValueError, match="k is 0"):
         search.search(np.ones(16), k=0)

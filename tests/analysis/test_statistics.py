@@ -87,7 +87,7 @@ def test_probes_that_cannot_be() -> None:
     features = {"a": np.zeros((6, 2))}
     with pytest.raises(ValueError, match="3 images cannot be split into 5 folds"):
         probe(features, [0, 1] * 3, [1, 1, 2, 2, 3, 3])
-    with pytest.raises(ValueError, match="there is 1"):
+    with pytest.raises(ValueError, match="but has 1"):
         probe(features, [0] * 6, range(6))
     with pytest.raises(ValueError, match="a has 6 rows, for 5 labels"):
         probe(features, [0, 1, 0, 1, 0], range(5))

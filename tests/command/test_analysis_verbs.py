@@ -81,7 +81,7 @@ def test_evaluate_refuses_what_cannot_give_it(
 ) -> None:
     few = make_store(tmp_path / "few", keys=("query_embeddings", "pred_logits"))
     assert main(["evaluate", str(few.folder), "--annotations", str(annotations)]) == 1
-    assert "holds no 'pred_boxes'" in capsys.readouterr().err
+    assert "has no 'pred_boxes'" in capsys.readouterr().err
     edit_metadata(store.folder, min_score=0.5)
     assert main(["evaluate", str(store.folder), "--annotations", str(annotations)]) == 1
     assert "keeps only queries that score 0.5 or more" in capsys.readouterr().err

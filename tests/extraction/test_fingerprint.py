@@ -61,7 +61,7 @@ def test_a_changed_file_is_refused_by_name(layout: str, coco: Coco, run_cli: Run
         ran = run_cli(*command, *CONTENT, *extra)
         assert ran.code == 1
         assert "1 image whose file has changed" in ran.err
-        assert f"'{paths[1].name}'. Put" in ran.err
+        assert f"'{paths[1].name}'. Restore" in ran.err
     assert "Nothing to do" in run_cli(*command).err  # Names and sizes are those that were recorded.
     assert recorded(out) == expected
     paths[1].unlink()

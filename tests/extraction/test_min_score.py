@@ -156,7 +156,7 @@ def test_verify_checks_the_index(stores: tuple[EmbeddingStore, EmbeddingStore, f
     tensors["pred_logits"] = tensors["pred_logits"] * 0
     files.save_tensors(store.folder, image_id, tensors)
     problems = "\n".join(verify(tmp_path / "out"))
-    assert "query_index does not list queries of the model in their order" in problems
+    assert "query_index does not list queries of the model in ascending order" in problems
     assert f"less than {min_score}" in problems
 
 

@@ -173,7 +173,7 @@ def test_other_settings_layouts_and_tables_are_refused(run_cli: RunCLI, images: 
     )
     for message, arguments in {
         "writer.dtype was float32, now float16": (*TO_TABLE, "--output_dir", table, "--writer.dtype", "float16"),
-        "holds one table, not a file per image": ("--output_dir", table),
+        "contains one table, not one file per image": ("--output_dir", table),
         "one file per image, not a table": (*TO_TABLE, "--output_dir", files),
         "another program's Lance dataset": (*TO_TABLE, "--output_dir", foreign),
         "writer.layout files needs a folder": ("--output_dir", "s3://bucket/out"),

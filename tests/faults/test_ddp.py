@@ -139,7 +139,7 @@ DETRExtractor.predict_step = dying
         assert "2 of 40 images have no whole file" in message(zero.err)
         assert one.err == ""
     else:
-        assert "rank-1 ended before it was through" in message(zero.err)
+        assert "rank-1 ended before it had processed" in message(zero.err)
     if fault == "an exception":
         assert message(one.err) == "Error (rank 1): rank 1 has had enough\n"
     assert not (job.folder / "metadata.json").exists()

@@ -102,7 +102,7 @@ def test_what_could_not_be_removed_does_not_make_a_folder_unfinished(
         extract(tmp_path, [1, 2])
     (leftover,) = set(names(tmp_path)) - set(FINISHED)
     assert EmbeddingStore(tmp_path).image_ids == [1, 2]
-    assert verify(tmp_path) == [f"{leftover}: the state of a run that has finished. It can be deleted."]
+    assert verify(tmp_path) == [f"{leftover}: the leftover state of a finished run. It can be deleted."]
     assert extract(tmp_path, [1, 2]).complete
     extract(tmp_path, [1, 2, 3])  # The next run that writes sweeps.
     assert names(tmp_path) == [*FINISHED[:2], "embedding_000000000003.pt", "metadata.json"]

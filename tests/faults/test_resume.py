@@ -101,7 +101,7 @@ def test_a_known_id_with_another_file_refuses(run_cli: Run, coco_folder: Coco, o
     before = snapshot(out)
     ran = run_cli("predict", *Coco(coco_folder.images, tmp_path / "other.json").data, "--output_dir", out)
     assert ran.code == 1
-    assert "has image 1 with file_name" in message(ran.err)
+    assert "was extracted with file_name" in message(ran.err)
     assert snapshot(out) == before
 
 
@@ -193,7 +193,7 @@ def test_metadata_that_lacks_something(run_cli: Run, coco_folder: Coco, out: Pat
         assert len(contents(out)) == 8
     else:
         assert ran.code == 1
-        assert "does not record with which settings" in message(ran.err)
+        assert "does not record the settings" in message(ran.err)
 
 
 def test_if_exists_error(run_cli: Run, coco_folder: Coco, tmp_path: Path) -> None:

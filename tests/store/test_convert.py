@@ -67,11 +67,11 @@ def test_where_it_may_go(store: EmbeddingStore, tmp_path: Path) -> None:
     used.mkdir()
     (used / "notes.txt").write_text("mine")
     for target in (used, used / "notes.txt"):
-        with pytest.raises(FileExistsError, match=r"is in use\. Name a folder that is empty"):
+        with pytest.raises(FileExistsError, match=r"is a file or not empty\. Name a folder that is empty"):
             convert(store.folder, target)
     assert content_of(used) == {"notes.txt": b"mine"}
     table = convert(store.folder, tmp_path / "table")
-    with pytest.raises(ValueError, match="is a URL, and one file per image needs a folder"):
+    with pytest.raises(ValueError, match="is a URL, but one file per image needs a folder"):
         convert(os.fspath(table.folder), "s3://bucket/files")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         convert(tmp_path / "nowhere", tmp_path / "other")

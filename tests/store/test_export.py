@@ -133,6 +133,6 @@ def test_the_command(store: EmbeddingStore, tmp_path: Path, capsys: pytest.Captu
     assert main(["export", str(store.folder), "--key", "query_embedings", "--output", str(tmp_path / "b.npy")]) == 1
     assert "Did you mean 'query_embeddings'?" in capsys.readouterr().err
     assert main(["export", str(store.folder), "--key", "nothing", "--output", str(tmp_path / "b.npy")]) == 1
-    assert "holds no 'nothing'" in capsys.readouterr().err
+    assert "has no 'nothing'" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--output", str(tmp_path / "b.npy")]) == 1
     assert "metadata.json" in capsys.readouterr().err

@@ -18,7 +18,7 @@ def test_unknown_ids_name_the_nearest(store: EmbeddingStore) -> None:
     assert store.entry(torch.tensor(17)) == store.entry(17)
     assert torch.tensor(17) in store
     assert "17" not in store
-    with pytest.raises(KeyError, match="'139' is no image id"):
+    with pytest.raises(KeyError, match="'139' is not an image id"):
         store["139"]  # type: ignore[index]
     with pytest.raises(KeyError, match="image 1000"):
         store.stack("query_embeddings", image_ids=[7, 1000])

@@ -66,7 +66,7 @@ def test_a_progress_bar_on_request_only_for_short_work(
 
 
 def test_mixed_shapes_name_two_images_and_offer_pooling(store: EmbeddingStore) -> None:
-    expected = r"backbone_features of image 7 is \[512, 8, 10\] and of image 17 \[512, 10, 8\].*pool='mean' or 'max'"
+    expected = r"image 7 has shape \[512, 8, 10\] and of image 17 \[512, 10, 8\].*pool='mean' or 'max'"
     with pytest.raises(ValueError, match=expected):
         store.stack("backbone_features")
 

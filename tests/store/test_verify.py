@@ -65,7 +65,7 @@ def test_any_flipped_byte_of_a_tensor_is_found(store: EmbeddingStore) -> None:
         path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         problems = verify(store.folder)
         assert len(problems) == 1, place
-        assert problems[0].startswith("embedding_000000000017.pt: damaged, the checksum of archive/data/")
+        assert problems[0].startswith("embedding_000000000017.pt: is damaged: the checksum of archive/data/")
 
 
 def test_damaged_foreign_and_missing_files(store: EmbeddingStore) -> None:
@@ -76,10 +76,10 @@ def test_damaged_foreign_and_missing_files(store: EmbeddingStore) -> None:
     store.path(37).write_bytes(b"")
     problems = "\n".join(verify(store.folder))
     assert "007.pt: has" in problems
-    assert "007.pt: damaged, does not load" in problems
+    assert "007.pt: is damaged and does not load" in problems
     assert "017.pt: missing." in problems
     assert "027.pt: not a dict of tensors." in problems
-    assert "037.pt: damaged, does not load" in problems
+    assert "037.pt: is damaged and does not load" in problems
 
 
 def test_files_that_do_not_belong(store: EmbeddingStore) -> None:
@@ -87,7 +87,7 @@ def test_files_that_do_not_belong(store: EmbeddingStore) -> None:
     (store.folder / ".embedding_7.abc.tmp").touch()
     (store.folder / "notes.txt").touch()
     assert verify(store.folder) == [
-        ".embedding_7.abc.tmp: a temporary file that a killed run left. It can be deleted.",
+        ".embedding_7.abc.tmp: a temporary file that a killed run left behind. It can be deleted.",
         "embedding_000000000099.pt: its image is not in metadata.json.",
         "notes.txt: not a file of this extraction.",
     ]
@@ -100,7 +100,7 @@ def test_files_that_do_not_belong(store: EmbeddingStore) -> None:
         (lambda t: t.update(pred_boxes=t.pop("pred_boxes"), query_embeddings=t.pop("query_embeddings")), "keys are"),
         (
             lambda t: t.update(encoder_output=t["encoder_output"][1:]),
-            r"encoder_output has the shape \[79, 16\], expected",
+            r"encoder_output has shape \[79, 16\], expected",
         ),
         (lambda t: t["encoder_output"].__setitem__((3, 4), torch.nan), "encoder_output has values that are not finite"),
         (lambda t: t["pred_logits"].__setitem__((3, 4), torch.inf), "pred_logits has values that are not finite"),
@@ -128,7 +128,7 @@ def test_float16_logits_are_a_problem_and_float32_embeddings_too(tmp_path: Path)
 def test_metadata_that_disagrees(store: EmbeddingStore) -> None:
     kept = (store.folder / names.METADATA).read_bytes()
     for changes, message in [
-        ({"num_images": 5}, "num_images is 5, image_ids lists 4"),
+        ({"num_images": 5}, "num_images is 5, but image_ids lists 4"),
         ({"extract_type": "some"}, "extract_type is 'some'"),
         ({"failed": [{"id": 17, "file_name": "17.jpg", "reason": "?"}]}, "image 17 is both extracted and failed"),
         ({"versions": None}, "versions is missing"),
@@ -255,7 +255,7 @@ def test_shared_storage_is_a_finding(store: EmbeddingStore) -> None:
     tensors = store[17]
     tensors["query_embeddings"] = tensors["decoder_output"][-1]
     overwrite(store, 17, tensors)
-    assert any("query_embeddings is not contiguous in a storage of its own" in line for line in verify(store.folder))
+    assert any("query_embeddings is not contiguous in its own storage" in line for line in verify(store.folder))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_file_is_not_read_past_its_recorded_size(store: EmbeddingStore) -> Non
     path = store.path(17)
     recorded = path.stat().st_size
     os.truncate(path, 10**12)
-    assert verify(store.folder) == [f"{path.name}: has {10**12} bytes, metadata.json has {recorded}."]
+    assert verify(store.folder) == [f"{path.name}: has {10**12} bytes, but metadata.json records {recorded}."]
 
 
 def test_a_file_that_two_readers_would_read_differently_is_believed_by_neither(store: EmbeddingStore) -> None:

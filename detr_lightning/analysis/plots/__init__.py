@@ -1,6 +1,6 @@
 """Pictures of an extraction: each function returns a matplotlib `Figure`, for a notebook or `savefig`.
 
-A category has the same colour in every picture. No display is needed.
+A category has the same color in every picture. No display is needed.
 """
 
 from detr_lightning.analysis.plots.contact_sheets import neighbours, search_results

@@ -1,4 +1,4 @@
-"""Contact sheets: in each line an object and, right of it, the objects that are most similar to it."""
+"""Contact sheets: in each line an object, followed by the objects that are most similar to it."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def neighbours(
     image_dir: str | os.PathLike[str] | None = None,
     other_images: bool = True,
 ) -> Figure:
-    """Draw objects and, right of each, the `k` objects with the most similar embeddings (cosine).
+    """Draw objects, each followed by the `k` objects with the most similar embeddings (cosine).
 
     Args:
-        store: Where the images are known.
-        table: Rows of `detr_lightning.analysis.objects.objects`, or the found ones of `match`.
+        store: The extraction, which records the images.
+        table: Rows of `detr_lightning.analysis.objects.objects`, or the found rows of `match`.
         index: Which rows of the table to start from, by position; each gets a line of the picture.
         k: How many neighbours.
         image_dir: Where the images are now; by default where they were when they were extracted.
-        other_images: Leave out neighbours from the object's own image.
+        other_images: Whether to leave out neighbours from the object's own image.
 
     Raises:
-        FileNotFoundError: An image is not there.
-        ValueError: The table has no embeddings, no such row, or too few objects.
+        FileNotFoundError: An image file does not exist.
+        SettingError: The table has no embeddings, no such row, or too few objects.
     """
     starts = [index] if isinstance(index, int) else list(index)
     vectors = unit(embeddings_of(table))
@@ -74,17 +74,17 @@ def search_results(
     picture: np.ndarray,
     image_dir: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw a contact sheet: each query object and, right of it, the objects found, with cosines.
+    """Draw a contact sheet: each query object, followed by the objects found and their cosines.
 
     Args:
-        store: Where the images of the found objects are known.
-        queries: The objects of one image, such as `query_objects` returns them.
+        store: The extraction, which records the images of the found objects.
+        queries: The objects of one image, as `query_objects` returns them.
         found: The result of `ObjectSearch.search` for their embeddings.
-        picture: `[H, W, 3]`, the image of the queries.
+        picture: `[H, W, 3]`, the image of the query objects.
         image_dir: Where the images of the store are now; by default where they were when they were extracted.
 
     Raises:
-        FileNotFoundError: An image is not there.
+        FileNotFoundError: An image file does not exist.
     """
     image = Image.fromarray(picture)
     columns = int(found["rank"].max()) if len(found) else 0

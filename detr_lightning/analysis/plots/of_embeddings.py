@@ -1,4 +1,4 @@
-"""Pictures of the embeddings themselves: a map of objects, the similarity of layers."""
+"""Pictures of the embeddings themselves: a map of objects, and the similarity of layers."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ MARKERS = "os^D"
 
 
 def embedding_map(table: pd.DataFrame, method: str = "pca", max_categories: int = 12, seed: int = 0) -> Figure:
-    """Draw objects as points in the plane, near where their embeddings are similar, coloured by category.
+    """Draw objects as points in the plane, close together if their embeddings are similar, colored by category.
 
     Args:
-        table: Rows of `detr_lightning.analysis.objects.objects`, or the found ones of `match`.
-        method: `pca`, or `umap` where umap-learn is installed.
-        max_categories: The most frequent categories get a colour; the others are grey.
-        seed: For `umap`.
+        table: Rows of `detr_lightning.analysis.objects.objects`, or the found rows of `match`.
+        method: `pca`, or `umap`, which needs umap-learn.
+        max_categories: How many of the most frequent categories get a color; the others are gray.
+        seed: The random seed of `umap`.
 
     Raises:
-        ImportError: The method's package is not installed.
-        ValueError: The table has no embeddings, or fewer than three objects.
+        MissingPackageError: The method's package is not installed.
+        SettingError: The method is unknown, or the table has no embeddings or fewer than three objects.
     """
     check_choice("method", method, ("pca", "umap"))
     vectors = embeddings_of(table)
     if len(vectors) < 3:
-        raise SettingError(f"a map needs three objects or more, the table has {len(vectors)}. Lower the threshold.")
+        raise SettingError(f"a map needs three objects or more, but the table has {len(vectors)}. Lower the threshold.")
     points, labels = _project(vectors, method, seed)
     figure = Figure(figsize=(8.4, 6), layout="constrained")
     axes = figure.subplots()
@@ -73,11 +73,12 @@ def layer_similarity(
         store: A folder with `decoder_output`.
         image_ids: Which images; by default the first `limit`.
         measure: `cka` (linear centered kernel alignment, Kornblith et al. 2019), which compares how layers arrange the
-            queries whatever their axes, or `cosine`, the mean cosine of a query's embedding in two layers.
-        limit: How many images are enough.
+            queries regardless of the axes, or `cosine`, the mean cosine of a query's embedding in two layers.
+        limit: How many images to take by default.
 
     Raises:
-        ValueError: The folder lacks `decoder_output`.
+        SettingError: The folder lacks `decoder_output`, or the measure is unknown.
+        UnknownImageError: The store has no such image.
     """
     check_choice("measure", measure, ("cka", "cosine"))
     ids = store.image_ids[:limit] if image_ids is None else image_ids
@@ -116,7 +117,7 @@ def _project(vectors: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, t
             from umap import UMAP
         except ImportError as error:
             raise MissingPackageError(
-                "method='umap' needs umap-learn: pip install umap-learn. 'pca' does without."
+                "method='umap' needs umap-learn: pip install umap-learn. 'pca' works without it."
             ) from error
         neighbours = min(15, len(vectors) - 1)
         points = UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed, n_jobs=1).fit_transform(vectors)

@@ -13,7 +13,7 @@ from detr_lightning.analysis.pictures import open_picture
 from detr_lightning.analysis.plots.style import INK, Figure, color_of, draw_box, ink_on
 from detr_lightning.store.store import EmbeddingStore
 
-# Below style, which says what to install where matplotlib is missing.
+# Below style, which reports a missing matplotlib.
 from matplotlib.patches import Rectangle  # isort: skip
 from matplotlib.textpath import TextPath  # isort: skip
 from detr_lightning.errors import SettingError
@@ -42,12 +42,12 @@ def detections(
         image_id: The image.
         image_dir: Where the images are now; by default where they were when they were extracted.
         threshold: The lowest score that is drawn.
-        label_scale: Larger than 1 for labels that can be read in a small picture.
+        label_scale: Larger than 1 for labels that stay legible in a small picture.
 
     Raises:
-        FileNotFoundError: The image is not there.
-        KeyError: The store holds no such image.
-        ValueError: The folder lacks a key, or nothing reaches the threshold.
+        FileNotFoundError: The image file does not exist.
+        UnknownImageError: The store has no such image.
+        SettingError: The folder lacks a key, or nothing reaches the threshold.
     """
     picture = _picture(store, image_id, image_dir)
     table = _objects(store, image_id, threshold)
@@ -78,16 +78,16 @@ def attention(
     Args:
         store: A folder with `cross_attention`, `pred_logits` and `pred_boxes`.
         image_id: The image.
-        query: Which queries; by default the four that score most, `threshold` or more.
+        query: Which queries; by default the four with the highest scores of at least `threshold`.
         layer: Which decoder layer; 0 is the first, -1 the last.
         image_dir: Where the images are now; by default where they were when they were extracted.
         threshold: The lowest score of the queries that are chosen by default.
 
     Raises:
-        FileNotFoundError: The image is not there.
-        KeyError: The store holds no such image.
-        ValueError: The folder lacks a key, the model has no cross-attention over all places, there is no such query, or
-            nothing reaches the threshold.
+        FileNotFoundError: The image file does not exist.
+        UnknownImageError: The store has no such image.
+        SettingError: The folder lacks a key, the model has no cross-attention over the whole image, there is no such
+            query, or nothing reaches the threshold.
     """
     _check_dense(store)
     store.require("cross_attention", "pred_logits", "pred_boxes")
@@ -99,8 +99,8 @@ def attention(
         queries = [query] if isinstance(query, int) else list(query)
         table = _objects(store, image_id, store.min_score or 0.0).set_index("query", drop=False)
         if unknown := [number for number in queries if number not in table.index]:
-            there = f"0 to {len(table) - 1}" if store.min_score is None else ", ".join(map(str, table.index))
-            raise SettingError(f"there is no query {unknown[0]}; image {image_id} has {there}.")
+            available = f"0 to {len(table) - 1}" if store.min_score is None else ", ".join(map(str, table.index))
+            raise SettingError(f"there is no query {unknown[0]}; image {image_id} has {available}.")
         table = table.loc[queries]
     positions = store.positions(image_id, torch.tensor(table["query"].to_numpy()))
     maps = store.feature_map(image_id, "cross_attention")[layer][positions].float()  # [len(table), H, W]
@@ -124,7 +124,7 @@ def attention(
 
 
 def _check_dense(store: EmbeddingStore) -> None:
-    """Refuse a model whose cross-attention no file can hold.
+    """Refuse a model without cross-attention over the whole image.
 
     Raises:
         SettingError: Its decoder attends to a few points of each feature map.
@@ -134,7 +134,7 @@ def _check_dense(store: EmbeddingStore) -> None:
     family = store.metadata_file.settings.model.family
     if family in MODEL_TYPES and not MODEL_TYPES[family].dense:
         raise SettingError(
-            f"{store.name} is of a {family}, whose decoder attends to a few points of each feature map: there is no "
+            f"{store.name} is from a {family}, whose decoder attends to a few points of each feature map: there is no "
             "cross-attention over the image to draw."
         )
 
@@ -167,7 +167,7 @@ def _show(axes: Axes, picture: np.ndarray) -> None:
 def _label(axes: Axes, table: pd.DataFrame, width: int, height: int, scale: float) -> None:
     """Write each object's category and score at its box, where there is room for it."""
     line = 0.027 * scale * max(width, height)  # A label's height in pixels of the image.
-    size = 0.68 * line * 72 * WIDTH / width  # The font's, in points.
+    size = 0.68 * line * 72 * WIDTH / width  # The font size in points.
     placed: list[tuple[float, float, float, float]] = []
     # Small boxes first: in a large one there is more room for the label.
     for row in table.iloc[::-1].itertuples():

@@ -1,4 +1,4 @@
-"""The common parts of the pictures: figures, colours, boxes."""
+"""The common parts of the pictures: figures, colors, boxes."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Figure(PlainFigure):
 
 
 def color_of(category_id: int) -> tuple[float, float, float]:
-    """Return a category's colour: far from those of the ids next to it, and the same in every picture."""
+    """Return a category's color: far from those of the ids next to it, and the same in every picture."""
     hue = float(np.interp((0.1 + 0.61803399 * category_id) % 1.0, *_HUES))
     lightness, saturation = ((0.46, 0.78), (0.60, 0.88), (0.34, 0.62))[category_id % 3]
     return colorsys.hls_to_rgb(hue, lightness, saturation)
 
 
 def ink_on(color: Sequence[float] | np.ndarray) -> str:
-    """Return the more legible text colour on a background, by its relative luminance."""
+    """Return the more legible text color for a background, by the background's relative luminance."""
     red, green, blue = color
     return INK if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.25 else "white"
 
