@@ -1,4 +1,4 @@
-"""The command, as `detr-lightning`: `python cli.py predict --config configs/decoder.yaml`."""
+"""The command `detr-lightning` in a clone: `python cli.py predict --config configs/decoder.yaml`."""
 
 from detr_lightning.__main__ import main
 

@@ -1,9 +1,9 @@
-"""How far each setting moves each tensor from float32 on the CPU, batch size 1 and official pixels.
+"""The error of each tensor under each setting, against float32 on the CPU, batch size 1 and official pixels.
 
     python benchmarks/accuracy.py FOLDER_OF_IMAGES --weights detr_resnet50
 
-For each tensor the largest error of any image, norm(a - b) / norm(b), and for `query_embeddings` the smallest cosine
-similarity of any query. Settings that the device lacks are left out.
+Prints for each tensor the largest error of any image, norm(a - b) / norm(b), and for `query_embeddings` the smallest
+cosine similarity of any query. Settings that the device lacks are left out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Who takes part in a benchmark, each in a process of its own: nobody's settings, threads or memory touch another's.
+"""The contestants of a benchmark, each in its own process, so that settings, threads and memory stay apart.
 
-A side is made once in its process and then offers `forward()`, the model on one 800x1066 image, and `job(folder,
-output, batch_size, ...)`, the whole way from files to files; both return seconds.
+A side is created once in its process. It has `forward()`, the model on one 800x1066 image, and `job(folder, output,
+batch_size, ...)`, the whole job from files to files; both return seconds.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ KEYS = EXTRACT_TYPES["decoder"]
 
 
 def device() -> torch.device:
-    """Return where the models run."""
+    """Return the device that the models run on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Run something; return the seconds it took."""
+    """Run a function; return the seconds it took."""
     start = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -51,7 +51,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def pixels_of_one_image() -> Tensor:
-    """Return random uint8 pixels, `[1, 3, 800, 1066]`, as our data module serves them."""
+    """Return random uint8 pixels, `[1, 3, 800, 1066]`, as our data module returns them."""
     pixels = torch.randint(0, 256, (1, 3, 800, 1066), dtype=torch.uint8)
     return pixels.contiguous(memory_format=torch.channels_last).to(device())
 
@@ -74,7 +74,7 @@ class Ours:
 
     Args:
         dtype: `float32` or `bfloat16`.
-        settings: `DETRExtractor`'s.
+        settings: The settings of `DETRExtractor`.
     """
 
     def __init__(self, dtype: str, **settings: Any) -> None:
@@ -116,7 +116,7 @@ class Ours:
 
 
 class Clock(Callback):
-    """Times a run from its first batch to its metadata, so that start-up is left out."""
+    """A clock from a run's first batch to its metadata, so that start-up is left out."""
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Start."""
@@ -131,9 +131,9 @@ class Theirs:
     """A peer.
 
     Args:
-        peer: Its class.
+        peer: The peer's class.
         dtype: `float32` or `bfloat16`.
-        settings: The class's own.
+        settings: The settings of that class.
     """
 
     def __init__(self, peer: type[Peer], dtype: str, **settings: Any) -> None:
@@ -141,7 +141,7 @@ class Theirs:
         self.images = normalise(pixels_of_one_image()).contiguous()
 
     def forward(self) -> float:
-        """Run the model on normalised images."""
+        """Run the model on normalized images."""
         with torch.inference_mode():
             return timed(lambda: self.peer.forward(self.images))
 
@@ -152,7 +152,7 @@ class Theirs:
 
 
 class Limit:
-    """What the machine can do at best: one large product, or one large convolution, in the time of a whole image.
+    """The machine's limit: an image's FLOPs at the best rate of one large matrix product or convolution.
 
     Args:
         dtype: `float32` or `bfloat16`.
@@ -176,15 +176,15 @@ class Limit:
         self.flops = flops_of_one_image()
 
     def forward(self) -> float:
-        """Return how long an image's FLOPs take at the better of the two rates."""
+        """Return the seconds that an image's FLOPs take at the better of the two rates."""
         with torch.inference_mode():
             rates = [max(work / timed(run) for _ in range(5)) for run, work in self.runs]
         return self.flops / max(rates)
 
 
 def flops_of_one_image() -> int:
-    """Return the floating point operations that DETR-R50 takes for an image of 800x1066."""
-    # In plain torch with attention written out, all of which every version counts: see onednn.usable.
+    """Return the number of floating point operations of DETR-R50 for an image of 800x1066."""
+    # In plain torch with attention written out, which every version counts in full: see onednn.usable.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         DETR().eval().requires_grad_(False)(pixels_of_one_image().cpu(), keys=KEYS)
     return counter.get_total_flops()
@@ -208,7 +208,7 @@ def _side(name: str, dtype: str, settings: tuple[tuple[str, Any], ...]) -> Any:
 
 
 def _forward(*side: Any) -> float:
-    _side(*side).forward()  # the last turn was another process's
+    _side(*side).forward()  # warm up: another process had the last turn
     seconds: float = _side(*side).forward()
     return seconds
 
@@ -230,7 +230,7 @@ def _peak() -> float:
 
 
 def _end_with_parent() -> None:
-    """End when the benchmark is killed: a contestant that goes on would slow down whatever is measured next."""
+    """End when the benchmark is killed: a contestant that keeps running would slow down the next measurement."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -247,7 +247,7 @@ class Contestant(contextlib.AbstractContextManager["Contestant"]):
     Args:
         name: One of `SIDES`.
         dtype: `float32` or `bfloat16`.
-        settings: The side's.
+        settings: The side's settings.
     """
 
     def __init__(self, name: str, dtype: str, **settings: Any) -> None:
@@ -259,11 +259,11 @@ class Contestant(contextlib.AbstractContextManager["Contestant"]):
         self._process.shutdown()
 
     def forward(self) -> float:
-        """Run the model alone, once to get going and once for the record; return seconds."""
+        """Run the model alone, once to warm up and once to measure; return seconds."""
         return self._process.submit(_forward, *self._side).result()
 
     def job(self, warm_up: bool = True, **arguments: Any) -> float:
-        """Run the model once to get going, unless told not to, then the whole job; return the job's seconds."""
+        """Run the model once to warm up, unless `warm_up` is False, then the whole job; return the job's seconds."""
         return self._process.submit(_job, arguments, warm_up, *self._side).result()
 
     def idle(self) -> float:
@@ -271,5 +271,5 @@ class Contestant(contextlib.AbstractContextManager["Contestant"]):
         return self._process.submit(_idle, *self._side).result()
 
     def peak_memory(self) -> float:
-        """Return the most memory that the process has taken so far, in MB."""
+        """Return the peak memory of the process so far, in MB."""
         return self._process.submit(_peak).result()

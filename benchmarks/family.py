@@ -1,4 +1,4 @@
-"""Other detectors beside transformers' eager networks, in one run: random weights, default configurations.
+"""Other detectors against transformers' eager networks, in one run: random weights, default configurations.
 
 python benchmarks/family.py --batch_sizes 1 4
 """
@@ -44,7 +44,7 @@ def main() -> None:
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             save(name, folder)
-            # Each in a process of its own: what ours sets for its whole process, such as kept memory, is not theirs.
+            # Each in its own process: our process-wide settings, such as kept memory, do not affect theirs.
             spawn = multiprocessing.get_context("spawn")
             pools = [
                 stack.enter_context(ProcessPoolExecutor(1, spawn, initializer=make, initargs=(name, folder, ours)))

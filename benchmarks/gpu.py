@@ -1,9 +1,9 @@
-"""Speed on a GPU: the model alone beside its peers, the whole job, and what the machine around the GPU allows.
+"""Speed on a GPU: the model alone against its peers, the whole job, and the limits of the machine around the GPU.
 
     python benchmarks/gpu.py                       everything
     python benchmarks/gpu.py model family          parts of it
 
-All in one process, one after the other. Images are made here, a few hundred that are read again and again from memory.
+Everything runs in one process, one after the other. A few hundred images are made here and read repeatedly from memory.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Rows = list[dict[str, Any]]
 
 
 def milliseconds(run: Callable[[], Any], turns: int) -> float:
-    """Return the median of what something takes on the GPU, after two turns to get going."""
+    """Return the median time of a call on the GPU, after three turns to warm up."""
     times = []
     for turn in range(turns + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -65,7 +65,7 @@ def milliseconds(run: Callable[[], Any], turns: int) -> float:
 
 
 def free() -> None:
-    """Give back what the last model took."""
+    """Free the memory of the last model."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -73,7 +73,7 @@ def free() -> None:
 def batches(
     run: Callable[[torch.Tensor], Any], image: torch.Tensor, sizes: Sequence[int], turns: int, **of: Any
 ) -> Rows:
-    """Time a model on batches of one image, again and again."""
+    """Time a model on batches of one image, repeated."""
     rows = []
     with torch.inference_mode():
         for size in sizes:
@@ -85,7 +85,7 @@ def batches(
 
 
 def model(options: argparse.Namespace) -> Rows:
-    """Time DETR-R50 on 800x1066 images that lie on the GPU, decoder keys, beside Hugging Face's."""
+    """Time DETR-R50 on 800x1066 images that are already on the GPU, decoder keys, against Hugging Face's."""
     rows: Rows = []
     pixels = pixels_of_one_image()
     for precision, dtype in PRECISIONS.items():
@@ -112,7 +112,7 @@ def model(options: argparse.Namespace) -> Rows:
 
 
 def family(options: argparse.Namespace) -> Rows:
-    """Time RT-DETRv2-R50 beside transformers' on 640x640 images that lie on the GPU."""
+    """Time RT-DETRv2-R50 against transformers' on 640x640 images that are already on the GPU."""
     import transformers
 
     rows: Rows = []
@@ -133,7 +133,7 @@ def family(options: argparse.Namespace) -> Rows:
 
 
 def job(options: argparse.Namespace) -> Rows:
-    """Time the whole way from JPEG files to `.pt` files, and how busy the GPU is."""
+    """Time the whole job from JPEG files to `.pt` files, and measure how busy the GPU is."""
     rows = []
     jobs: list[dict[str, Any]] = [
         {"image_backend": "pil"},
@@ -226,7 +226,7 @@ def limits(options: argparse.Namespace) -> Rows:
 
 
 class Busy(contextlib.AbstractContextManager["Busy"]):
-    """The share of time in which the GPU computes, between its first and its last work, as nvidia-smi samples it."""
+    """The share of time in which the GPU computes, between its first and its last work, sampled by nvidia-smi."""
 
     def __enter__(self) -> Busy:
         command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"]
@@ -259,12 +259,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 16, 32])
-    parser.add_argument("--turns", type=int, default=10, help="a figure of the model is the median of so many")
+    parser.add_argument("--turns", type=int, default=10, help="turns per figure of the model, which is their median")
     parser.add_argument("--images", type=int, default=6000, help="images of the whole job")
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        CONSOLE.print("There is no GPU here: skipped.")
+        CONSOLE.print("Skipped: this machine has no GPU.")
         return
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

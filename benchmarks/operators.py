@@ -1,9 +1,9 @@
-"""Each of the model's own operators beside torch's, per instruction set.
+"""Each of the model's own operators against torch's, per instruction set.
 
-    python benchmarks/operators.py                  with all instructions of this processor, and with AVX2 alone
+    python benchmarks/operators.py                  with all instructions of this processor, and with only AVX2
     python benchmarks/operators.py --dtype bfloat16
 
-Each instruction set has a process of its own, in which oneDNN, MKL and torch are told to use no others. Both
+Each instruction set has its own process, in which oneDNN, MKL and torch use no others. Both
 sides of a row take turns. The shapes are those of DETR-R50 for an image of 800x1066: 850 tokens of 256, 100 queries.
 """
 
@@ -22,13 +22,13 @@ from typing import Any
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 SETS: dict[str, dict[str, str]] = {"all instructions": {}, "AVX2 alone": AVX2}
-"""Instruction sets, and the environment that asks for them."""
+"""Instruction sets, each with the environment variables that select it."""
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 def pairs(dtype_name: str) -> dict[str, Pair]:
-    """Return what computes the same by our operator and by torch's own, under the name of what it computes."""
+    """Return pairs of functions, our operator and torch's own for the same computation, by its name."""
     import torch
     import torch.nn.functional as F
 
@@ -71,7 +71,7 @@ def pairs(dtype_name: str) -> dict[str, Pair]:
 
 
 def measure(dtype: str, runs: int) -> dict[str, Any]:
-    """Return the instruction set that torch uses, and the median ms of both sides of each pair."""
+    """Return the instruction set that torch uses, and the median ms of both functions of each pair."""
     import torch
 
     rows = {}

@@ -1,7 +1,7 @@
 """The peers, each as a user would write it: a model, a loop, `torch.save`.
 
-A peer is made once and then offers `forward(pixels)`, the model alone on normalised images `[B, 3, h, w]`, and
-`job(paths, folder, batch_size)`, the whole way from files to files.
+A peer is created once. It has `forward(pixels)`, the model alone on normalized images `[B, 3, h, w]`, and
+`job(paths, folder, batch_size)`, the whole job from files to files.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from detr_lightning.format.preprocessing import IMAGENET_MEAN, IMAGENET_STD, res
 
 
 class Peer:
-    """What the peers share: reading images in a worker process, and saving a dict for each image.
+    """The base class of the peers: reads images in a worker process, and saves a dict for each image.
 
     Args:
-        dtype: What the model computes in.
+        dtype: The dtype of the model.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -32,11 +32,11 @@ class Peer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Run the model on normalised images."""
+        """Run the model on normalized images."""
         return self.outputs(pixels, torch.zeros(len(pixels), *pixels.shape[2:], dtype=torch.bool))
 
     def outputs(self, pixels: Tensor, padding_mask: Tensor) -> dict[str, Tensor]:
-        """Run the model on normalised images with a mask, True on padding."""
+        """Run the model on normalized images with a mask, True on padding."""
         raise NotImplementedError
 
     def job(self, paths: Sequence[Path], folder: Path, batch_size: int) -> None:
@@ -52,7 +52,7 @@ class Peer:
 
 
 class Official(Peer):
-    """facebookresearch/detr, its own code from a checkout, with hooks for what it does not return.
+    """facebookresearch/detr, its own code from a checkout, with hooks for the tensors that it does not return.
 
     Args:
         checkout: The folder of the checkout.
@@ -86,7 +86,7 @@ class Official(Peer):
         }
 
     def outputs(self, pixels: Tensor, padding_mask: Tensor) -> dict[str, Tensor]:
-        """Run the model on normalised images with a mask, True on padding."""
+        """Run the model on normalized images with a mask, True on padding."""
         out = self.model(self.nested(pixels.to(self.device, self.dtype), padding_mask.to(self.device)))
         return {**self.kept, "pred_logits": out["pred_logits"], "pred_boxes": out["pred_boxes"]}
 
@@ -102,7 +102,7 @@ class HuggingFace(Peer):
         self.model = DetrForObjectDetection(config).eval().to(self.device, dtype)
 
     def outputs(self, pixels: Tensor, padding_mask: Tensor) -> dict[str, Tensor]:
-        """Run the model on normalised images with a mask, True on padding."""
+        """Run the model on normalized images with a mask, True on padding."""
         out = self.model(
             pixels.to(self.device, self.dtype),
             pixel_mask=(~padding_mask).long().to(self.device),
@@ -134,7 +134,7 @@ class Images(Dataset[tuple[str, Tensor]]):
 
 
 def pad(items: list[tuple[str, Tensor]]) -> tuple[list[str], Tensor, Tensor]:
-    """Join images to a batch, zeros at the bottom and on the right, and a mask that is True there."""
+    """Join images into a batch padded with zeros at the bottom and right, with a mask that is True there."""
     names, images = zip(*items, strict=True)
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     pixels = torch.zeros(len(images), 3, height, width)

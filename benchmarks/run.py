@@ -7,8 +7,8 @@
     python benchmarks/run.py scaling               images/s and memory against images, batch size, workers, threads
     python benchmarks/run.py compile               torch.compile against the default
 
-Contestants take turns, each in its own process, so that a machine whose speed drifts is as unfair to one as to another.
-Medians are printed and, with `--output`, written as JSON. The images are made here; photographs cost the same.
+Contestants take turns, each in its own process, so that drifting machine speed affects all of them equally.
+Medians are printed and, with `--output`, written as JSON. The images are made here; photographs take the same time.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ Run = Callable[[], float]
 
 
 def medians(runs: dict[str, Run], turns: int) -> dict[str, float]:
-    """Run everything in turn, once to warm up and `turns` times for the record; return median seconds."""
+    """Run everything in turn, once to warm up and `turns` times to measure; return median seconds."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(turns + 1):
         for name, run in runs.items():
@@ -85,7 +85,7 @@ def make_images(folder: Path, number: int, sizes: Sequence[tuple[int, int]] = ((
 
 @contextlib.contextmanager
 def field(options: argparse.Namespace, limit: bool = False) -> Iterator[list[Contestant]]:
-    """Start ours and the peers that are to be had, in each precision."""
+    """Start ours and the available peers, in each precision."""
     with contextlib.ExitStack() as stack:
         contestants = []
         for dtype in options.precision:
@@ -100,17 +100,17 @@ def field(options: argparse.Namespace, limit: bool = False) -> Iterator[list[Con
 
 
 def model_alone(options: argparse.Namespace) -> dict[str, Any]:
-    """Time the model on one 800x1066 image, everything else left out."""
+    """Time the model alone on one 800x1066 image."""
     with field(options, limit=True) as contestants:
         seconds = medians({f"{one.name}, {one.dtype}": one.forward for one in contestants}, options.runs)
     show("The model alone, one 800x1066 image", seconds)
     flops = flops_of_one_image()
-    CONSOLE.print(f"{flops / 1e9:.0f} GFLOP an image")
+    CONSOLE.print(f"{flops / 1e9:.0f} GFLOP per image")
     return {"seconds": seconds, "flops": flops}
 
 
 def whole_job(options: argparse.Namespace) -> dict[str, Any]:
-    """Time the way from JPEG files to `.pt` files, start-up excluded, an image."""
+    """Time the whole job from JPEG files to `.pt` files, per image and without start-up."""
     with tempfile.TemporaryDirectory() as temporary, field(options) as contestants:
         folder = Path(temporary) / "images"
         make_images(folder, options.images)
@@ -133,7 +133,7 @@ def whole_job(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def stages(options: argparse.Namespace) -> dict[str, Any]:
-    """Time each stage of an image's way on its own, and how much of a run the model is not running."""
+    """Time each stage of the processing of an image, and measure the share of a run without the model."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "images"
         make_images(folder, options.images)
@@ -189,7 +189,7 @@ def model_stages(dtype: str, turns: int) -> dict[str, float]:
 
 
 def idle(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure how much of a run the model is not running, for what is kept and for each layout."""
+    """Measure the share of a run without the model, for different keys and layouts."""
     objects = {"keys": ("query_embeddings", "pred_logits", "pred_boxes")}
     jobs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "decoder keys, a file per image": ({}, {}),
@@ -267,7 +267,7 @@ def startup(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def scaling(options: argparse.Namespace) -> dict[str, Any]:
-    """Show images/s and peak memory against the number of images, batch size, workers and writing threads."""
+    """Print images/s and peak memory against the number of images, batch size, workers and writing threads."""
     demo = str(HERE.parent / "assets" / "demo" / "detr_demo.pth")
     sweeps = {"batch_size": (1, 4, 8, 16, 32), "num_workers": (0, 1, 2, 4), "threads": (1, 2, 4)}
     small = {"short_side": 128, "long_side": 213}
@@ -304,7 +304,7 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compiled(options: argparse.Namespace) -> dict[str, Any]:
-    """Compare `model.compile` with the default on images of many shapes, nothing being compiled or cached before."""
+    """Compare `model.compile` with the default on images of many shapes, with nothing compiled or cached before."""
     result = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "mixed"
@@ -320,7 +320,7 @@ def compiled(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(title: str, seconds: dict[str, float], ratios: bool = True) -> None:
-    """Print times, and how many times as long as ours they are."""
+    """Print times, and their ratios to ours."""
     table = Table("what", title=title, title_justify="left")
     table.add_column("ms", justify="right")
     ours = {f"times {name}": value for name, value in seconds.items() if name.startswith("ours, ")} if ratios else {}
@@ -332,7 +332,7 @@ def show(title: str, seconds: dict[str, float], ratios: bool = True) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Return what this machine is."""
+    """Return a description of this machine."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

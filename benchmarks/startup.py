@@ -1,10 +1,10 @@
-"""The start, the resume and the end of runs of many images, whose pixels and tensors are made up.
+"""The start, the end and the resume of runs of many images, with constant pixels and tensors.
 
     python benchmarks/startup.py --numbers 10000 100000 1000000
 
 For each number of images and each layout: the real command until the first batch reaches the model, a whole run whose
-images and embeddings are constants and which does not wait for the disk (no fsync), the same command again on what is
-finished, and opening the result. Every step is a process of its own.
+images and embeddings are constants and which does not wait for the disk (no fsync), the same command again on the
+finished run, and opening the result. Every step runs in its own process.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numbers", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--layouts", nargs="+", default=["files", "lance"], choices=("files", "lance"))
-    parser.add_argument("--folder", type=Path, help="where the runs are written; by default the temporary folder")
+    parser.add_argument("--folder", type=Path, help="where the runs are written; by default, the temporary folder")
     options = parser.parse_args()
     print("images, layout | plan, s wall / CPU / peak GB | after the last batch, s | again, s wall / CPU | open, s")
     for number in options.numbers:

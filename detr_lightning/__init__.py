@@ -1,4 +1,4 @@
-"""Extract what DETR has learned: its embeddings for COCO, or any folder of images."""
+"""Extract DETR embeddings for COCO or any folder of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = ["COCODataModule", "DETRExtractor", "EmbeddingStore", "EmbeddingWriter", "extract"]
 
-# Reading a folder of embeddings should not cost the import of Lightning.
+# Imported on first use: reading a folder of embeddings should not import Lightning.
 _MODULES = {
     "COCODataModule": "detr_lightning.data.datamodule",
     "DETRExtractor": "detr_lightning.extractor",

@@ -1,4 +1,4 @@
-"""One call from images to embeddings."""
+"""`extract`: from images to embeddings in one call."""
 
 from __future__ import annotations
 
@@ -53,46 +53,48 @@ def extract(
     writer: dict[str, Any] | None = None,
     **data: Any,
 ) -> EmbeddingStore:
-    """Extract embeddings on one device, with the same numbers as the command.
+    """Extract embeddings on one device, with the same results as the command line.
 
     Args:
-        images: A folder, an image file, a PIL image, or a list of files and PIL images. Images of a list are numbered
-            from 1 in its order; a folder's ids are those of the command.
+        images: A folder, an image file, a PIL image, or a list of files and PIL images. Images in a list are numbered
+            from 1, in order; images in a folder have the same ids as on the command line.
         annotation_file: COCO annotations for a folder.
         weights: An official name, a file, a Hugging Face folder or hub id, or `random`.
         extract_type: `all`, `decoder`, `encoder` or `backbone`.
-        keys: An explicit list of tensors instead.
-        output_dir: The folder to write files to; by default the tensors stay in memory.
+        keys: An explicit list of tensors, instead of `extract_type`.
+        output_dir: The folder to write files to; by default, the tensors stay in memory.
         dtype: `float32` or `float16`, for embeddings; logits and boxes stay float32.
         if_exists: For `output_dir`: `resume`, `overwrite` or `error`.
-        accelerator: Lightning's, such as `cpu` or `gpu`.
-        precision: Lightning's, such as `bf16-mixed`.
-        allow_slow_precision: Whether to compute in bfloat16 on a processor without instructions for it.
+        accelerator: Lightning's accelerator, such as `cpu` or `gpu`.
+        precision: Lightning's precision, such as `bf16-mixed`.
+        allow_slow_precision: Whether bfloat16 is allowed on a processor without instructions for it.
         progress: Whether to show a progress bar.
         model: Further settings of `DETRExtractor`, such as `{"nheads": 8}`; or a `DETRExtractor`, whose weights, keys
-            and settings then count.
+            and settings are then used.
         writer: Further settings of `EmbeddingWriter`, for `output_dir`: `{"min_score": 0.5}` keeps only the queries
-            that score at least this, `{"layout": "lance"}` writes one table.
+            that score 0.5 or more, `{"layout": "lance"}` writes one table.
         **data: Further settings of `COCODataModule`, such as `limit`, `batch_size` or `on_error`.
 
     Returns:
-        A mapping from image ids to the tensors of each image by key, on disk or in memory. Images that were skipped are
-        left out, and a warning names them.
+        A mapping from image ids to the tensors of each image by key, on disk or in memory. Skipped images are left out,
+        and a warning names them.
 
     Raises:
-        SettingError: A setting that is not allowed.
-        SettingTypeError: An image is neither a path nor a PIL image, or there is no such setting.
+        SettingError: A setting is not allowed.
+        SettingTypeError: An image is neither a path nor a PIL image, or a setting does not exist.
         InputError: An image, the annotations or the weights cannot be used.
-        FileNotFoundError: An image, the folder, the annotations or the weights are not there.
+        FileNotFoundError: An image, the folder, the annotations or the weights do not exist.
+        OSError: `output_dir` cannot be used or written.
+        BusyError: Another run is using `output_dir`.
     """
-    with _own_words():
+    with _messages_for_python():
         _check_names(data, writer or {})
         if writer and output_dir is None:
-            raise SettingError(f"writer={writer} is for what is written to disk. Set output_dir, or leave it out.")
+            raise SettingError(f"writer={writer} applies only to files on disk. Set output_dir, or leave out writer.")
         method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
-        lance = "lance" in sys.modules or (writer or {}).get("layout") == LANCE  # It does not survive a fork.
+        lance = "lance" in sys.modules or (writer or {}).get("layout") == LANCE  # Lance does not survive a fork.
         if method != "fork" or lance:
-            data.setdefault("num_workers", 0)  # Other workers would run the caller's script again.
+            data.setdefault("num_workers", 0)  # Workers that are not forked would run the caller's script again.
         datamodule = _images(images, annotation_file, data)
         if isinstance(model, DETRExtractor):
             extractor = model
@@ -112,17 +114,17 @@ def extract(
                 enable_model_summary=False,
                 enable_progress_bar=progress,
                 callbacks=[*([ImageProgress()] if progress else []), to_disk or collector],
-                plugins=[LightningEnvironment()],  # One process, whatever an allocation of a cluster says.
+                plugins=[LightningEnvironment()],  # One process, even in a cluster allocation.
             )
             job = Job(trainer, extractor, datamodule, to_disk)
             try:
                 job.prepare(precision, allow_slow_precision)
                 job.plan()
                 job.predict()
-            except SystemExit as stopped:  # Lightning's answer to Ctrl-C would end the caller's program.
+            except SystemExit as stopped:  # Lightning turns Ctrl-C into an exit of the caller's program.
                 raise KeyboardInterrupt from stopped
         metadata = job.finish() if to_disk else collector.metadata(trainer, extractor, datamodule)
-        _warn_of([entry.file_name for entry in metadata.failed] if metadata else [])
+        _warn_about([entry.file_name for entry in metadata.failed] if metadata else [])
         if to_disk:
             return EmbeddingStore(to_disk.output_dir)
         assert metadata is not None
@@ -150,18 +152,18 @@ def _images(
 ) -> COCODataModule:
     folder = Path(images).expanduser() if isinstance(images, str | os.PathLike) else None
     if folder is not None and not folder.exists() and not data.get("download"):
-        raise FileNotFoundError(f"images: there is no file and no folder {folder}.")
+        raise FileNotFoundError(f"images: {folder} does not exist.")
     if folder is not None and not folder.is_file():
         return COCODataModule(str(folder), None if annotation_file is None else os.fspath(annotation_file), **data)
     if annotation_file is not None:
-        raise SettingError("annotation_file belongs to a folder of images, not to single ones.")
+        raise SettingError("annotation_file needs a folder of images, not single images.")
     single = isinstance(images, str | os.PathLike | Image.Image)
     return COCODataModule.of(ListedImages([images] if single else list(images)), **data)  # type: ignore[list-item, arg-type]
 
 
 @contextlib.contextmanager
-def _own_words() -> Iterator[None]:
-    """Let messages name settings as arguments of `extract`, and not as the command's."""
+def _messages_for_python() -> Iterator[None]:
+    """Rewrite error messages to name settings as arguments of `extract`, not as those of the command line."""
     try:
         yield
     except (DETRLightningError, OSError) as error:
@@ -171,11 +173,11 @@ def _own_words() -> Iterator[None]:
 
 
 def in_python(text: str) -> str:
-    """Return a message of the command in the words of `extract`: `dtype='float32'` for `writer.dtype=float32`."""
+    """Return a message with the settings named as in `extract`: `dtype='float32'` for `writer.dtype=float32`."""
     classes = {"data": COCODataModule, "writer": EmbeddingWriter, "trainer": Trainer, "model": DETRExtractor}
     for group, configured in classes.items():
         for name in inspect.signature(configured).parameters:
-            # `model` and `writer` have an argument of their own; most of their settings are given in a dict.
+            # Most settings of `model` and `writer` are given in a dict.
             inside = group in ("model", "writer") and name not in inspect.signature(extract).parameters
             ours = f'{group}={{"{name}": ...}}' if inside else name
             value = rf'{group}={{"{name}": "\1"}}' if inside else rf"{name}='\1'"
@@ -184,7 +186,7 @@ def in_python(text: str) -> str:
     return text.replace("--allow_slow_precision", "allow_slow_precision=True")
 
 
-def _warn_of(skipped: Sequence[str]) -> None:
+def _warn_about(skipped: Sequence[str]) -> None:
     if skipped:
         names = ", ".join(map(repr, skipped[:SHOWN])) + (", ..." if len(skipped) > SHOWN else "")
         warnings.warn(f"{count(len(skipped), 'image')} could not be read: {names}.", stacklevel=3)

@@ -1,4 +1,4 @@
-"""The batch of embeddings that `predict_step` returns: its split into images, its way to the CPU and into storage."""
+"""The batch that `predict_step` returns: splitting it into images, copying it to the CPU, preparing it for storage."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def split(batch: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, torch.Tenso
     """Split the result of `predict_step` into images, each tensor cropped to the image's own area.
 
     Args:
-        batch: `image_id` (list of int), the sizes of feature maps, a batch-first tensor for each key and, where images
+        batch: `image_id` (list of int), the sizes of feature maps, a batch-first tensor for each key and, if images
             were padded, `padding_mask` `[B, H, W]` at feature size, True on padding.
 
     Yields:
-        An image's id and its tensors: views of the batch, not copies.
+        The id and the tensors of each image; the tensors are views of the batch, not copies.
     """
     for index, (image_id, features) in enumerate(zip(batch["image_id"], sizes_of_batch(batch), strict=True)):
         yield image_id, image_at(index, batch, features)
 
 
 def image_at(index: int, batch: Mapping[str, Any], features: FeatureSizes) -> dict[str, torch.Tensor]:
-    """Return the tensors of one image of a batch, with feature maps of the sizes `features`: views, as from `split`."""
+    """Return the tensors of image `index` of a batch, whose feature maps have the sizes `features`, as views."""
     mask = batch.get("padding_mask")
     image = {}
     for key in batch:
@@ -39,7 +39,7 @@ def image_at(index: int, batch: Mapping[str, Any], features: FeatureSizes) -> di
 
 
 def sizes_to_batch(features: Sequence[FeatureSizes]) -> dict[str, Any]:
-    """Return the entries of a batch that state the sizes of feature maps, in the terms of `metadata.json`."""
+    """Return the batch entries with the sizes of the feature maps, named as in `metadata.json`."""
     sizes: dict[str, Any] = {"feature_sizes": [list(one.levels) for one in features]}
     if all(len(one.levels) == 1 for one in features):
         sizes = {"feature_size": [one.levels[0] for one in features]}
@@ -49,14 +49,14 @@ def sizes_to_batch(features: Sequence[FeatureSizes]) -> dict[str, Any]:
 
 
 def sizes_of_batch(batch: Mapping[str, Any]) -> list[FeatureSizes]:
-    """Return the sizes of each image's feature maps from the entries that `sizes_to_batch` makes."""
+    """Return the sizes of each image's feature maps from the entries that `sizes_to_batch` returns."""
     levels = batch["feature_sizes"] if "feature_sizes" in batch else [[size] for size in batch["feature_size"]]
     backbones = batch.get("backbone_size") or [one[0] for one in levels]
     return [FeatureSizes(tuple(one), backbone) for one, backbone in zip(levels, backbones, strict=True)]
 
 
 def _crop(key: str, tensor: torch.Tensor, padded: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
-    """Cut an image's tensor from the padded feature map down to the image's own part of it."""
+    """Crop an image's tensor from the padded feature map to the image's own part."""
     height, width = size
     if key == "backbone_features":  # [C, H, W]
         return tensor[:, :height, :width]
@@ -70,13 +70,13 @@ def _crop(key: str, tensor: torch.Tensor, padded: tuple[int, int], size: tuple[i
 
 
 class HostBatch:
-    """A batch on its way to the CPU, one copy for each key, while the GPU goes on.
+    """A batch that is being copied to the CPU, one copy per key, while the GPU keeps computing.
 
     Args:
         prediction: The result of `predict_step`.
 
     Attributes:
-        tensors: The same on the CPU. After a copy from a GPU they may be read once `wait` has returned.
+        tensors: The batch on the CPU. If it comes from a GPU, call `wait` before reading the tensors.
     """
 
     def __init__(self, prediction: Mapping[str, Any]) -> None:
@@ -91,7 +91,7 @@ class HostBatch:
         self._arrived = downloads.record_event()
 
     def wait(self) -> None:
-        """Return when everything has arrived."""
+        """Wait until all copies are done."""
         if self._arrived is not None:
             self._arrived.synchronize()
 
@@ -99,16 +99,16 @@ class HostBatch:
 def keep_queries(
     image_id: int, tensors: Mapping[str, torch.Tensor], min_score: float, scoring: str
 ) -> dict[str, torch.Tensor]:
-    """Return an image's tensors with only the queries whose best category scores enough, and which these are.
+    """Return an image's tensors, restricted to the queries that score at least `min_score`, and their indices.
 
     Args:
-        image_id: The image.
-        tensors: By key, `pred_logits` among them.
-        min_score: The lowest score of a query that is kept.
-        scoring: How logits become probabilities.
+        image_id: The image's id, for error messages.
+        tensors: The image's tensors by key, including `pred_logits`.
+        min_score: The lowest score of a query's best category.
+        scoring: `softmax` or `sigmoid`; see `probabilities`.
 
     Returns:
-        The same tensors, `K` long where they have an axis of queries, and `query_index` `[K]`.
+        The same tensors, with length `K` along the query axis if they have one, and `query_index` `[K]`.
 
     Raises:
         InputError: The logits are not finite.
@@ -124,10 +124,10 @@ def keep_queries(
 
 
 def to_stored(key: str, image_id: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor as it is stored: contiguous, alone in its storage, in its dtype.
+    """Return a copy of a tensor for storage: contiguous, with its own memory, in the given dtype.
 
     Raises:
-        ValueError: A value is not finite, or too large for the dtype; the message names the image and the key.
+        InputError: A value is not finite, or too large for the dtype; the message names the image and the key.
     """
     stored = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
     if not _is_finite(stored):
@@ -140,10 +140,10 @@ def to_stored(key: str, image_id: int, tensor: torch.Tensor, dtype: torch.dtype)
 
 
 def check_finite(key: str, image_id: int, tensor: torch.Tensor) -> None:
-    """Refuse an image's tensor that holds NaN or infinity.
+    """Check that an image's tensor contains no NaN or infinity.
 
     Raises:
-        InputError: It does; the message names the image and the key.
+        InputError: A value is not finite; the message names the image and the key.
     """
     if not _is_finite(tensor):
         raise InputError(
@@ -153,5 +153,5 @@ def check_finite(key: str, image_id: int, tensor: torch.Tensor) -> None:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    # The extremes are NaN where any value is. `isfinite` on all values takes fifteen times as long.
+    # The extremes are NaN if any value is. `isfinite` on all values takes fifteen times as long.
     return not tensor.numel() or all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor))

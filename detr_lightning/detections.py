@@ -1,4 +1,4 @@
-"""From logits and relative boxes to detections in pixels, COCO's result rows and COCO's twelve numbers."""
+"""Conversion of logits and relative boxes to detections in pixels, COCO's results and COCO's metrics."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from detr_lightning.errors import SettingError, check_choice
 
 SCORINGS = ("softmax", "sigmoid")
-"""The two ways from logits to probabilities."""
+"""The two ways to turn logits into probabilities."""
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""COCO's twelve numbers in COCO's order: average precision, then average recall; s, m and l are object sizes."""
+"""COCO's twelve metrics in COCO's order: average precision, then average recall; s, m and l are object sizes."""
 
 
 class Detections(NamedTuple):
@@ -25,7 +25,7 @@ class Detections(NamedTuple):
     scores: Tensor
     """`[..., Q]`: the probability of the likeliest category."""
     labels: Tensor
-    """`[..., Q]`: the index of the likeliest category's logit, "no object" left aside."""
+    """`[..., Q]`: the index of the likeliest category's logit, without "no object"."""
     boxes_xyxy: Tensor
     """`[..., Q, 4]`: corners in pixels of the original image; a box may reach a little beyond the image."""
 
@@ -45,7 +45,7 @@ def detect(
         Detections in float32, unless the predictions are of higher precision.
 
     Raises:
-        SettingError: An unknown scoring.
+        SettingError: The scoring is unknown.
     """
     scores, labels = probabilities(pred_logits, scoring).max(-1)
     boxes_cxcywh = pred_boxes.to(torch.promote_types(pred_boxes.dtype, torch.float32))
@@ -59,10 +59,10 @@ def detect(
 def best_detections(
     pred_logits: Tensor, pred_boxes: Tensor, size: tuple[int, int] | Tensor, scoring: str = "softmax"
 ) -> Detections:
-    """Turn one image's predictions into the detections that the model's own evaluation counts, as many as queries.
+    """Return the detections that the model's official evaluation counts, as many as there are queries.
 
-    With softmax they are those of `detect`. With sigmoid they are the best pairs of a query and a category, so that one
-    query can give several detections and another none.
+    With softmax they are those of `detect`. With sigmoid they are the highest-scoring pairs of query and category, so
+    one query can give several detections and another none.
 
     Args:
         pred_logits: `[Q, num_logits]`.
@@ -71,7 +71,7 @@ def best_detections(
         scoring: See `probabilities`.
 
     Raises:
-        SettingError: An unknown scoring.
+        SettingError: The scoring is unknown.
     """
     found = detect(pred_logits, pred_boxes, size, scoring)
     if scoring == "softmax":
@@ -106,7 +106,7 @@ def probabilities(pred_logits: Tensor, scoring: str = "softmax") -> Tensor:
         `[..., C]`, in float32, unless the logits are of higher precision.
 
     Raises:
-        SettingError: An unknown scoring.
+        SettingError: The scoring is unknown.
     """
     check_choice("scoring", scoring, SCORINGS)
     logits = pred_logits.to(torch.promote_types(pred_logits.dtype, torch.float32))
@@ -117,8 +117,8 @@ def coco_results(image_id: int, detections: Detections, threshold: float = 0.0) 
     """Return an image's detections as rows of a COCO results file.
 
     Args:
-        image_id: The image.
-        detections: Of this image alone.
+        image_id: The image's id.
+        detections: The detections of this image.
         threshold: Detections that score less are left out; 0 keeps one for each query, as the official evaluation does.
     """
     corner, opposite = detections.boxes_xyxy[..., :2], detections.boxes_xyxy[..., 2:]
@@ -134,29 +134,29 @@ def coco_results(image_id: int, detections: Detections, threshold: float = 0.0) 
 def evaluate(
     coco_ground_truth: Any, results: Sequence[Mapping[str, Any]], image_ids: Iterable[int] | None = None
 ) -> dict[str, float]:
-    """Return COCO's twelve numbers for detected boxes.
+    """Return COCO's twelve metrics for detected boxes.
 
     Args:
         coco_ground_truth: The annotations: a COCO dataset (the content of an `instances_*.json`), or a
-            `pycocotools.coco.COCO` of it. Their ids are not used and may be of any kind.
-        results: Rows as `coco_results` gives them; they are not changed. None at all is a detector that finds nothing.
-        image_ids: The images to evaluate; by default all that the annotations list, so that those of a subset have to
-            be named. An image without detections counts.
+            `pycocotools.coco.COCO` of it. The ids of the annotations are not used.
+        results: Rows as `coco_results` returns them; they are not modified. Without rows, nothing was detected.
+        image_ids: The images to evaluate; by default, all images in the annotations, so name the images of a subset.
+            Images without detections count.
 
     Returns:
-        The numbers by the names in `METRICS`, from 0 to 1; -1 where no annotated object is of that size.
+        The metrics by the names in `METRICS`, from 0 to 1; -1 if no annotated object has that size.
 
     Raises:
-        SettingError: A result is of an image that the annotations do not list.
+        SettingError: A result is for an image that is not in the annotations.
     """
     from pycocotools.cocoeval import COCOeval
 
     dataset = getattr(coco_ground_truth, "dataset", coco_ground_truth)
     known = {image["id"] for image in dataset["images"]}
-    if strangers := {row["image_id"] for row in results} - known:
+    if unknown := {row["image_id"] for row in results} - known:
         raise SettingError(
-            f"image {min(strangers)} has detections but is not in the annotations, which list {len(known)} images. "
-            "Give the annotation file of the images that were detected on."
+            f"image {min(unknown)} has detections but is not in the annotations, which list {len(known)} images. "
+            "Give the annotation file of the images with the detections."
         )
     detected = [{**row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} for row in results]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -172,8 +172,8 @@ def evaluate(
 def _indexed(dataset: Mapping[str, Any], annotations: Iterable[Mapping[str, Any]]) -> Any:
     """Return a `pycocotools.coco.COCO` of annotations numbered from 1.
 
-    pycocotools keeps one annotation per id and takes id 0 for "not matched". Its own `loadRes` changes its rows, fails
-    on none, and asks for keys that hand-made annotation files lack.
+    pycocotools keeps one annotation per id and uses id 0 for "not matched". Its own `loadRes` modifies its rows,
+    fails without rows, and requires keys that hand-made annotation files lack.
     """
     from pycocotools.coco import COCO
 

@@ -1,4 +1,4 @@
-"""Every kind of error that is raised on purpose, and the words that several messages share."""
+"""The errors and the warning of this package, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Iterable
 
 SHOWN = 10
-"""Skipped images that a message names; metadata.json lists them all."""
+"""The maximum number of skipped images that a message names; metadata.json lists all of them."""
 
 
 class DETRLightningError(Exception):
-    """The base of all errors that are raised on purpose. The command prints their message, without a traceback."""
+    """The base class of all errors raised on purpose. The command prints their message, without a traceback."""
 
 
 class SettingError(DETRLightningError, ValueError):
@@ -34,14 +34,14 @@ class UnreadableImageError(InputError):
 
 
 class UnknownImageError(DETRLightningError, KeyError):
-    """An image id that a store does not hold."""
+    """An image id that is not in a store."""
 
     def __str__(self) -> str:
-        return str(self.args[0])  # KeyError's own puts the message in quotes.
+        return str(self.args[0])  # KeyError.__str__ puts the message in quotes.
 
 
 class BusyError(DETRLightningError, RuntimeError):
-    """Another run is at work in the folder."""
+    """Another run is using the folder."""
 
 
 class IncompleteError(DETRLightningError, RuntimeError):
@@ -53,7 +53,7 @@ class MissingPackageError(DETRLightningError, ImportError):
 
 
 class DETRLightningWarning(UserWarning):
-    """Warns of results that the user may not have meant. The command prints the message alone."""
+    """A warning about results that the user may not have intended. The command prints only its message."""
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
@@ -61,20 +61,20 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
 
     Args:
         name: The setting, as the user writes it.
-        value: The value that was given.
+        value: The given value.
         allowed: All allowed values.
 
     Raises:
-        SettingError: `value` is not among `allowed`; the nearest name is suggested.
+        SettingError: `value` is not in `allowed`; the closest name is suggested.
     """
     allowed = list(allowed)
     if value in allowed:
         return value
-    raise SettingError(f"{name} is {value!r}, which is none of {', '.join(allowed)}.{did_you_mean(value, allowed)}")
+    raise SettingError(f"{name} is {value!r}, which is not one of {', '.join(allowed)}.{did_you_mean(value, allowed)}")
 
 
 def did_you_mean(name: object, allowed: Iterable[str]) -> str:
-    """Return ` Did you mean '...'?` with the allowed name nearest to one that is not; nothing where none is near."""
+    """Return ` Did you mean '...'?` with the allowed name closest to `name`, or an empty string if none is close."""
     near = difflib.get_close_matches(str(name), list(allowed), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 

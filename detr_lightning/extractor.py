@@ -24,30 +24,30 @@ from detr_lightning.system import allow_tf32, keep_freed_memory
 
 
 class DETRExtractor(LightningModule):
-    """A DETR that returns its embeddings.
+    """A LightningModule that returns the embeddings of a DETR.
 
-    The weights are read when the object is made. `setup`, which a Trainer calls, builds the network that runs: norms
-    folded into the convolutions, and the precision that the Trainer asks for. `detr` stays as it was loaded.
+    The weights are loaded by the constructor. `setup`, which a Trainer calls, builds the network that runs, with the
+    norms folded into the convolutions and in the Trainer's precision. `detr` stays as it was loaded.
 
     Args:
-        weights: An official name such as `detr_resnet50`, a `.pth` or `.ckpt` file with a DETR, a folder in
-            transformers' layout or a hub id of a DETR or of its family (`PekingU/rtdetr_v2_r50vd`), or `random`
+        weights: An official name such as `detr_resnet50`, a `.pth` or `.ckpt` file with a DETR, a
+            Hugging Face folder or hub id of a DETR or a related model (`PekingU/rtdetr_v2_r50vd`), or `random`
             (DETR-R50, seeded).
         extract_type: Which tensors to keep: `all`, `decoder`, `encoder` or `backbone`.
-        keys: Exactly these tensors instead, such as `[query_embeddings, pred_boxes]`. There are `backbone_features`,
-            `encoder_output`, `decoder_output`, `query_embeddings`, `pred_logits`, `pred_boxes` and, on request alone,
-            `cross_attention` and `encoder_layers`.
+        keys: Exactly these tensors instead, such as `[query_embeddings, pred_boxes]`. Available: `backbone_features`,
+            `encoder_output`, `decoder_output`, `query_embeddings`, `pred_logits`, `pred_boxes` and, only if listed
+            here, `cross_attention` and `encoder_layers`.
         nheads: Attention heads, if the checkpoint does not state them.
         dilation: Whether the last stage is dilated (DC5), if the checkpoint does not state it.
-        ema: Take the averaged (EMA) weights of a file that also holds others.
-        compile: Run the network through `torch.compile`.
+        ema: Use the averaged (EMA) weights of a file that also contains others.
+        compile: Compile the network with `torch.compile`.
         tf32: Let float32 matrix products and convolutions on a GPU round their inputs to TensorFloat-32.
-        plan_only: Do without the weights of an official name that are not on this machine: enough to plan a run.
+        plan_only: Do not download missing official weights. The model can then plan a run, but not run.
 
     Raises:
-        SettingError: An unknown extract type or key.
-        InputError: Weights that are no DETR's.
-        FileNotFoundError: There are no such weights.
+        SettingError: An extract type or key does not exist, or a setting does not suit the model.
+        InputError: The weights are not those of a supported model.
+        FileNotFoundError: The weights do not exist.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DETRExtractor(LightningModule):
         if missing := [key for key in self.keys if key not in self.detr.keys]:
             raise SettingError(
                 f"{self.checkpoint.name}, a {self.checkpoint.family}, has no {missing[0]}. "
-                f"It has {', '.join(self.detr.keys)}: choose among them with model.keys."
+                f"It has {', '.join(self.detr.keys)}: choose from these with model.keys."
             )
         if compile and not isinstance(self.detr, DETR):
             raise SettingError(f"model.compile works only with DETR, and {weights} is a {self.checkpoint.family}.")
@@ -85,12 +85,12 @@ class DETRExtractor(LightningModule):
 
     @property
     def detr(self) -> DETR | FamilyDetector:
-        """The model as loaded: float32, on the CPU; DETR with the official `state_dict`."""
+        """The model as loaded, in float32 on the CPU; a DETR has the official `state_dict`."""
         return self.checkpoint.model
 
     @property
     def category_names(self) -> dict[int, str]:
-        """The names that the checkpoint gives to COCO's category ids, or to its logits; empty where it has none."""
+        """The checkpoint's category names, by COCO category id or else by logit; empty if it has none."""
         ids = self.checkpoint.category_ids
         names = self.checkpoint.category_names or {}
         return {index if ids is None else ids[index]: name for index, name in names.items()}
@@ -101,7 +101,9 @@ class DETRExtractor(LightningModule):
 
     def _build(self, dtype: torch.dtype | None) -> None:
         if not self.checkpoint.sha256:
-            raise SettingError(f"The weights of {self.checkpoint.name} are not there: plan_only is for plans alone.")
+            raise SettingError(
+                f"The weights of {self.checkpoint.name} are not on this machine, so it can only plan a run."
+            )
         keep_freed_memory()
         allow_tf32(self.hparams["tf32"])
         network = fold(self.detr, dtype) if isinstance(self.detr, DETR) else self.detr.for_inference(dtype)
@@ -117,10 +119,10 @@ class DETRExtractor(LightningModule):
     ) -> dict[str, Tensor]:
         """Return batch-first tensors for pixels `[B, 3, h, w]`; see `DETR.forward` and `FamilyDetector.forward`.
 
-        On a CPU the images of a batch go through the network one by one: its caches hold one image's features, memory
-        does not grow with the batch, and not a bit of a result depends on which images share it.
+        On a CPU, the images of a batch go through the network one by one: the features of one image fit into the
+        caches, memory does not grow with the batch, and the results are bit-identical for any composition of batches.
         """
-        if self.network is None:  # without a Trainer, and again after `.cuda()` or `.double()`
+        if self.network is None:  # without a Trainer
             assert isinstance(self.dtype, torch.dtype)
             self._build(self.dtype)
         assert self.network is not None
@@ -140,7 +142,7 @@ class DETRExtractor(LightningModule):
         Args:
             images: A folder, an image file, a PIL image, or a list of files and PIL images.
             annotation_file: COCO annotations for a folder.
-            **settings: Further arguments of `detr_lightning.extract`, the model's excepted.
+            **settings: Further arguments of `detr_lightning.extract`, except the model's.
         """
         return detr_lightning.extract(images, annotation_file, model=self, **settings)
 
@@ -154,9 +156,9 @@ class DETRExtractor(LightningModule):
 
         Returns:
             `image_id` (list of int), `feature_size` (list of height and width), a batch-first tensor for each key, and,
-            where images were padded, `padding_mask` `[B, H, W]` at feature size. Models with several levels have
+            if images were padded, `padding_mask` `[B, H, W]` at feature size. Models with several levels have
             `feature_sizes` (for each image a list of sizes) and `backbone_size` instead of `feature_size`.
-            `batch.split` makes images of it. The tensors are on the model's device and can be used to train on top.
+            `batch.split` splits them into images. The tensors are on the model's device, and can be used for training.
         """
         if not batch["image_id"]:
             return {"image_id": [], "feature_size": []}
@@ -177,7 +179,7 @@ class DETRExtractor(LightningModule):
         return {"image_id": batch["image_id"], **sizes_to_batch(features)} | kept
 
     def warn_of_names(self, data: COCODataModule) -> None:
-        """Warn where annotations name categories otherwise than the checkpoint."""
+        """Warn if the annotations and the checkpoint name categories differently."""
         differences, _ = compare_names(self.category_names, data.categories)
         if differences:
             warnings.warn(
@@ -187,11 +189,11 @@ class DETRExtractor(LightningModule):
             )
 
     def on_validation_start(self) -> None:
-        """Check that the model's categories are the annotations'.
+        """Check that the model's categories match those of the annotations.
 
         Raises:
-            SettingError: The model has no logit for a category.
-            InputError: No category has the name that the checkpoint gives it.
+            SettingError: The model has no logit for a category of the annotations.
+            InputError: Not a single category has the same name in the annotations and the checkpoint.
         """
         self.results, self.validated, self.skipped = [], [], []
         self._sizes = {record.image_id: record.size for record in self.trainer.datamodule.records}  # type: ignore[attr-defined]
@@ -209,14 +211,14 @@ class DETRExtractor(LightningModule):
         differences, none_agrees = compare_names(self.category_names, data.categories)
         if none_agrees:
             raise InputError(
-                f"No category of {data.annotation_file} has the name that {self.checkpoint.name} gives its id: "
-                f"{differences}. Use annotations with the model's ids, or a model trained on these."
+                f"No category of {data.annotation_file} has the same name as in {self.checkpoint.name}: "
+                f"{differences}. Use annotations with the model's ids, or a model trained on these categories."
             )
         if self.trainer.is_global_zero:
             self.warn_of_names(data)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int = 0, dataloader_idx: int = 0) -> None:
-        """Keep the detections of a batch, in pixels of the original images.
+        """Collect the detections of a batch, in pixels of the original images.
 
         Raises:
             InputError: The model's predictions for an image are not finite.
@@ -234,7 +236,7 @@ class DETRExtractor(LightningModule):
             self.validated.append(image_id)
 
     def on_validation_epoch_end(self) -> None:
-        """Compute COCO's twelve numbers over the images of all ranks that could be read, and log them.
+        """Compute COCO's twelve metrics over the readable images of all ranks, and log them.
 
         Raises:
             IncompleteError: An image was neither validated nor skipped, or all were skipped.
@@ -255,5 +257,5 @@ class DETRExtractor(LightningModule):
                 )
             self.metrics = evaluate(data.ground_truth(), results, self.validated)
         self.metrics = self.trainer.strategy.broadcast(self.metrics)
-        # Equal on all ranks, so that their mean changes nothing; without it Lightning warns.
+        # The metrics are equal on all ranks, so their mean changes nothing; Lightning warns without sync_dist.
         self.log_dict({name: self.metrics[name] for name in METRICS}, sync_dist=True)

@@ -1,4 +1,4 @@
-"""The protocol of an extraction, prepare, plan, predict, finish, which the command and `extract()` both follow."""
+"""The steps of an extraction (prepare, plan, predict, finish), shared by the command line and `extract()`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Job:
         writer: The callback that writes.
 
     Attributes:
-        complete: After `plan`: whether nothing is left to do.
+        complete: Whether nothing is left to do; set by `plan`.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class Job:
         self.complete = False
 
     def prepare(self, precision: Any = None, allow_slow_precision: bool = False) -> None:
-        """Refuse a Trainer that cannot do it, and download missing files.
+        """Check the Trainer, and download missing files.
 
         Args:
-            precision: The precision that was asked for. Lightning itself replaces `16-mixed` on a CPU.
-            allow_slow_precision: Whether the processor may lack instructions for it.
+            precision: The requested precision, as Lightning replaces `16-mixed` on a CPU; by default, the Trainer's.
+            allow_slow_precision: Whether the processor may lack instructions for the precision.
 
         Raises:
-            SettingError: The precision or the strategy cannot be used.
+            SettingError: The precision, the strategy or the number of devices cannot be used.
             OSError: The download failed.
         """
         check_trainer(self.trainer, precision, allow_slow_precision)
@@ -55,20 +55,20 @@ class Job:
             self.data.prepare_data()
 
     def plan(self) -> PlannedRun | None:
-        """Find the images and compare them with the output folder, on rank 0 alone; change nothing.
+        """Find the images and compare them with the output folder, on rank 0 only and without writing anything.
 
         Returns:
-            The planned run on rank 0, else None. Without a writer there is none.
+            The planned run; None on other ranks, and without a writer.
 
         Raises:
             DETRLightningError: The images or the folder cannot be used as asked.
-            OSError: A file or folder is not there or cannot be read.
+            OSError: A file or folder does not exist or cannot be read.
         """
         if self.trainer.world_size == 1 or waits_for_launch(self.trainer):
             if self.trainer.is_global_zero:
                 self.complete = self._plan()
         elif not launched_by_rank_0():
-            # A launcher has started all ranks at once, and any of them would wait for one that stops here.
+            # A launcher has started all ranks at once, and the others would wait for a rank that stops here.
             with meeting(self.trainer):
                 self.trainer.strategy.setup_environment()
             self.complete = from_rank_0(self.trainer, self._plan)
@@ -82,25 +82,25 @@ class Job:
         else:
             complete = self.writer.plan(self.trainer, self.model, self.data).complete
         self.model.warn_of_names(self.data)
-        self.data.workers(self.trainer)  # which refuses more than fit
+        self.data.workers(self.trainer)  # raises if they do not fit into shared memory
         return complete
 
     def predict(self) -> None:
-        """Run the model over the images that are not finished, if there are any; callbacks take its results."""
+        """Run the model on the unfinished images, if there are any; callbacks receive the results."""
         if not self.complete:
             with restore_settings(), meeting(self.trainer):
                 self.trainer.predict(self.model, self.data, return_predictions=False)
 
     def finish(self) -> Metadata | None:
-        """Return the metadata that this run wrote: on rank 0, with a writer, and if there was anything to do.
+        """Return the metadata that this run wrote; None on other ranks, without a writer, or if nothing was left to do.
 
         Raises:
-            IncompleteError: The run ended before all images were there.
+            IncompleteError: The run ended before all images were extracted.
         """
         if self.writer is None or not self.trainer.is_global_zero:
             return None
         if not self.complete and self.writer.metadata is None:
-            raise IncompleteError(f"The run ended before all images were in {self.writer.output_dir}. {KEPT}")
+            raise IncompleteError(f"The run ended before all images were written to {self.writer.output_dir}. {KEPT}")
         return self.writer.metadata
 
 
@@ -108,7 +108,7 @@ KEPT = "What is finished is kept: run the same command again to go on."
 
 
 class _Met(Callback):
-    """Ends a wait when the ranks have met."""
+    """Ends a wait once all ranks have connected."""
 
     def __init__(self, wait: InterruptibleWait) -> None:
         self._wait = wait
@@ -124,7 +124,7 @@ def meeting(trainer: Trainer) -> Iterator[None]:
     if trainer.world_size == 1:
         yield
         return
-    # Rank 0 first: Lightning kills a rank 0 whose ranks have ended.
+    # Rank 0 ends first: Lightning kills a rank 0 whose other ranks have ended.
     seconds, message = (2, "Error: Interrupted.") if trainer.is_global_zero else (10, "")
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     with InterruptibleWait(message, seconds) as wait:
@@ -137,12 +137,12 @@ def meeting(trainer: Trainer) -> Iterator[None]:
 
 
 def check_trainer(trainer: Trainer, precision: Any = None, allow_slow_precision: bool = False) -> None:
-    """Refuse settings of a Trainer that DETR cannot follow.
+    """Check that a Trainer's settings can be used.
 
     Args:
         trainer: The Trainer.
-        precision: The precision that was asked for; by default the Trainer's.
-        allow_slow_precision: Whether the processor may lack instructions for it.
+        precision: The requested precision; by default, the Trainer's.
+        allow_slow_precision: Whether the processor may lack instructions for the precision.
 
     Raises:
         SettingError: The precision, the strategy or the number of devices cannot be used.
@@ -168,22 +168,22 @@ def check_trainer(trainer: Trainer, precision: Any = None, allow_slow_precision:
     cores = available_cores()
     if on_cpu and trainer.num_devices > 2 * cores:
         raise SettingError(
-            f"trainer.devices is {trainer.num_devices}: as many processes on {count(cores, 'core')} would fill the "
+            f"trainer.devices is {trainer.num_devices}: that many processes on {count(cores, 'core')} would fill the "
             f"memory. On a CPU use at most {2 * cores}, twice the number of cores; one per core is fastest."
         )
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuse a strategy whose ranks do not each run the command.
+    """Check that each rank of a strategy is a process with the whole model.
 
     Raises:
-        SettingError: It shards the model, or starts ranks inside this process.
+        SettingError: The strategy shards the model, or forks or spawns its ranks.
     """
     strategy = trainer.strategy
     launcher = type(strategy.launcher).__name__
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or "MultiProcessing" in launcher:
         raise SettingError(
             f"trainer.strategy {getattr(strategy, 'strategy_name', type(strategy).__name__)!r} cannot be used: each "
-            "rank needs a process and a whole model of its own. Use trainer.strategy ddp with the command, "
+            "rank needs its own process and the whole model. Use trainer.strategy ddp with the command, "
             "torchrun or srun; in a notebook, one device."
         )

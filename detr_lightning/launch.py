@@ -1,6 +1,6 @@
-"""The way this process was started: by hand, by rank 0 of its node, or by a launcher such as torchrun or srun.
+"""Detection of how this process was started: by hand, by rank 0 of its node, or by a launcher such as torchrun or srun.
 
-Imports neither torch nor Lightning: Lightning reads the environment when it is imported.
+This module imports neither torch nor Lightning, which reads the environment on import.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from types import TracebackType
 
 LAUNCHER = "DETR_LIGHTNING_LAUNCHER"
-"""The environment variable that holds the process which launched the other ranks of its node."""
+"""The environment variable with the process id of the rank that launched the others on its node."""
 
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
@@ -21,11 +21,11 @@ _SLURM = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _LSF = ("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK")
 
 _INTERACTIVE_STEP = 0xFFFFFFF0
-"""Slurm numbers its own steps, such as the shell of salloc, from here."""
+"""Slurm numbers its own steps, such as the shell of salloc, from this value."""
 
 
 def launched_by_rank_0() -> bool:
-    """Return whether rank 0 of this node launched this process, and not the user or a launcher such as torchrun."""
+    """Return whether rank 0 of this node launched this process, rather than the user or a launcher such as torchrun."""
     local_rank = os.environ.get("LOCAL_RANK", "0")
     launcher = os.environ.get(LAUNCHER, str(os.getpid()))
     return launcher != str(os.getpid()) and not _by_torchrun() and local_rank not in ("", "0")
@@ -39,10 +39,10 @@ def launched_ranks() -> int | None:
 
 
 def forget_stale_launchers() -> None:
-    """Remove the variables of a launcher that did not start this process.
+    """Remove the environment variables of a launcher that did not start this process.
 
-    A container, an allocation of a cluster or an earlier job leaves them in a shell. Lightning would take this process
-    for one of several ranks: it would print nothing, or wait for the others forever.
+    Containers, cluster allocations and earlier jobs leave them in a shell. Lightning would take this process for one of
+    several ranks, and print nothing or wait for the others forever.
     """
     environment = os.environ
     if _by_torchrun() or launched_by_rank_0():
@@ -70,11 +70,11 @@ def _by_srun() -> bool:
 
 
 def end_with_parent() -> None:
-    """End a rank within seconds of the process that launched it: nobody else would."""
+    """End this rank within seconds if the process that launched it ends: nothing else would."""
     by_rank_0 = launched_by_rank_0()
     parent = os.getppid()
     if by_rank_0:
-        parent = int(os.environ[LAUNCHER])  # It may have died while this process imported.
+        parent = int(os.environ[LAUNCHER])  # The parent may have died while this process was importing.
     else:
         os.environ[LAUNCHER] = str(os.getpid())
     if not (_by_torchrun() or by_rank_0) or any(thread.name == "parent-watch" for thread in threading.enumerate()):
@@ -89,13 +89,13 @@ def end_with_parent() -> None:
 
 
 class InterruptibleWait:
-    """Lets Ctrl-C and SIGTERM end a process that waits for other ranks inside torch, where Python cannot react.
+    """A wait for other ranks inside torch, where Python cannot react, that Ctrl-C and SIGTERM can still end.
 
-    Use it as a context around the wait. `close` ends it earlier, from any thread.
+    Use it as a context manager around the wait. `close` ends it earlier.
 
     Args:
-        message: Printed if the process has to be ended.
-        seconds: How long Python may take to react before the process is ended.
+        message: The message to print if the process has to be ended.
+        seconds: The time that Python has to react before the process is ended.
     """
 
     def __init__(self, message: str, seconds: float) -> None:

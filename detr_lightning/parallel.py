@@ -1,4 +1,4 @@
-"""Work on many files: in threads, with a progress bar where it takes long."""
+"""Work on many files in threads, with a progress bar if it takes long."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ LONG_FILES = 1000
 LONG_SECONDS = 2.0
 _BLOCK = 1024
 _UPDATE_SECONDS = 0.1
-"""Between two updates of the bar, each of which takes as long as a look at a file."""
+"""The time between two updates of the bar. An update takes about as long as reading a file."""
 
 
 def track(items: Iterable[T], total: int, description: str, progress: bool | None = None) -> Iterator[T]:
-    """Yield the items, with a progress bar where the work turns out to be long.
+    """Yield the items, with a progress bar if the work takes long.
 
     Args:
         items: The items.
-        total: Their number.
+        total: The number of items.
         description: The activity, shown before the bar.
         progress: True for a bar from the start, False for none, None for one when there are more than 1000 items or
             two seconds have passed.
@@ -58,7 +58,7 @@ def in_threads(
 ) -> Iterator[R]:
     """Yield `function(item)` in the items' order, computed by threads, with `track`'s progress bar.
 
-    The threads are given a block of items at a time: a million items would otherwise wait in memory.
+    The threads receive the items in blocks, so that a million items do not wait in memory.
     """
 
     def results() -> Iterator[R]:

@@ -1,4 +1,4 @@
-"""The progress of a run: a Rich bar in a terminal and in notebooks, plain lines elsewhere."""
+"""The progress of a run: a Rich bar in terminals and notebooks, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from detr_lightning.errors import count
 from detr_lightning.extraction.writer import EmbeddingWriter
 
 EVERY = 10.0
-"""Seconds between plain lines, at the beginning; later lines come at each tenth of the work at the most."""
+"""The minimum number of seconds between plain lines; later, at least a tenth of the elapsed time."""
 
 
 class ImageProgress(ProgressBar):
-    """Counts images rather than batches, with images/s, MB/s written and the time left. Rank 0 shows its own share."""
+    """A progress bar that counts images, with images/s, MB/s written and the time left. Rank 0 shows its own share."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class ImageProgress(ProgressBar):
         self._printed = 0.0
 
     def disable(self) -> None:
-        """Show nothing: Lightning calls it on all ranks but the first."""
+        """Show nothing. Lightning calls this on all ranks except rank 0."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -40,7 +40,7 @@ class ImageProgress(ProgressBar):
         self._enabled = True
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin."""
+        """Start the bar."""
         self._start(trainer, trainer.predict_dataloaders, "Extracting")
 
     def on_predict_batch_end(
@@ -51,18 +51,18 @@ class ImageProgress(ProgressBar):
         self._advance(batch, sum(writer.bytes_written for writer in writers))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End."""
+        """Stop the bar."""
         self._stop()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin."""
+        """Start the bar."""
         self._start(trainer, trainer.val_dataloaders, "Validating")
 
     on_validation_batch_end = on_predict_batch_end
     on_validation_end = on_predict_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the terminal as it was, with one line in place of the bar."""
+        """Restore the terminal, and print one line in place of the bar."""
         if self._bar is not None:
             self._bar.live.transient = True
             self._stop()
@@ -91,7 +91,7 @@ class ImageProgress(ProgressBar):
         elapsed = now - self._started
         rate = speed(self._seen, elapsed)
         bytes_rate = f"{decimal(round(written / elapsed))}/s" if written and elapsed else ""
-        # The first image pays for warming up.
+        # The time of the first image includes the warm-up.
         left = clock(elapsed / self._seen * (self._total - self._seen)) if self._seen > 1 else ""
         if self._bar is not None:
             left = f"left {left}" if left else ""
@@ -108,7 +108,7 @@ class ImageProgress(ProgressBar):
 
 
 def columns(width: int) -> list[ProgressColumn]:
-    """Return the parts of the bar that fit into a terminal, whole."""
+    """Return the columns of the bar that fit into a terminal of this width."""
     parts: list[ProgressColumn] = [TextColumn("{task.description}")]
     if width >= 72:
         parts.append(BarColumn(bar_width=None))
@@ -121,7 +121,7 @@ def columns(width: int) -> list[ProgressColumn]:
 
 
 def speed(images: int, seconds: float) -> str:
-    """Return how fast images went, in images/s or, below one, in s/image; nothing where no time has passed."""
+    """Return the speed in images/s, or in s/image if it is below one; empty if there is nothing to measure."""
     if not images or seconds <= 0:
         return ""
     return f"{images / seconds:.1f} images/s" if images >= seconds else f"{seconds / images:.1f} s/image"

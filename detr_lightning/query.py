@@ -1,4 +1,4 @@
-"""The objects of one more image, found by the model of an extraction with its settings."""
+"""Detection of the objects in a query image, with the model and the settings of an extraction."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SIZES = ("short_side", "long_side", "image_backend")
-"""The settings of the preprocessing that one more image takes over."""
+"""The preprocessing settings of the extraction that also apply to the query image."""
 
 
 def query_objects(
@@ -34,28 +34,28 @@ def query_objects(
     layer: int = -1,
     weights: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
-    """Return the objects of an image, to search the objects of a store with.
+    """Return the objects in an image, as queries for a search among the objects of a store.
 
-    The image goes through the model of the store, with the store's size of images and precision.
+    The image goes through the store's model, with the image size and precision of the store.
 
     Args:
         store: The extraction.
         image: A file, or a PIL image.
-        box: `[x, y, width, height]` in pixels: only the detection that overlaps this most, whatever its score.
+        box: `[x, y, width, height]` in pixels: return only the detection that overlaps it most, whatever its score.
         crop: `[x, y, width, height]` in pixels: the part of the image that the model sees.
-        threshold: The lowest score, without `box`.
+        threshold: The lowest score of an object; not used with `box`.
         key: As for `objects`.
         layer: As for `objects`.
-        weights: Where the model's weights are now; by default where they were at the extraction.
+        weights: The model's weights, if they have moved since the extraction.
 
     Returns:
         A table as `objects` returns it. Boxes are in pixels of the whole image.
 
     Raises:
-        FileNotFoundError: The image or the weights are not there.
+        FileNotFoundError: The image or the weights do not exist.
         UnreadableImageError: The image cannot be read.
-        InputError: The weights are others than the extraction's, or nothing was found.
-        SettingError: The box or crop lies outside the image.
+        InputError: The weights are not those of the extraction, or nothing was found.
+        SettingError: The box or crop is not inside the image.
     """
     from detr_lightning.analysis.objects import frame_of
     from detr_lightning.analysis.reader import ObjectReader
@@ -104,7 +104,7 @@ def _inside(box: Sequence[float], picture: Image.Image, name: str) -> tuple[int,
     x, y, width, height = (round(number) for number in box)
     if width < 1 or height < 1 or x < 0 or y < 0 or x + width > picture.width or y + height > picture.height:
         raise SettingError(
-            f"{name} is {list(box)} (x, y, width, height), which does not lie in the image of "
+            f"{name} is {list(box)} (x, y, width, height), which is not inside the image of "
             f"{picture.width}x{picture.height} pixels."
         )
     return x, y, width, height
@@ -113,7 +113,7 @@ def _inside(box: Sequence[float], picture: Image.Image, name: str) -> tuple[int,
 def _extract(
     store: EmbeddingStore, picture: Image.Image, keys: list[str], weights: str | os.PathLike[str] | None
 ) -> EmbeddingStore:
-    """Run the store's model on an image, and return the extraction, which stays in memory."""
+    """Run the store's model on an image, and return the embeddings, which stay in memory."""
     from detr_lightning.extractor import DETRExtractor
 
     run = store.metadata_file.run
@@ -124,17 +124,15 @@ def _extract(
     settings: dict[str, Any] = {name: given.get(name) for name in ("nheads", "dilation", "ema")}
     settings["tf32"] = precision != recorded.precision
     expected = recorded.model.sha256
-    advice = (
-        f"{store.name} was extracted with weights of the sha256 {expected[:8]}. Give --weights, the file with them."
-    )
+    advice = f"{store.name} was extracted with weights of SHA-256 {expected[:8]}. Set --weights to their file."
     try:
         model = DETRExtractor(place, keys=keys, **settings)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} {advice}") from error
-    except DETRLightningError as error:  # Other heads, for example.
-        raise InputError(f"{place} holds other weights ({error}). {advice}") from error
+    except DETRLightningError as error:  # another number of heads, for example
+        raise InputError(f"{place} contains other weights ({error}). {advice}") from error
     if model.checkpoint.sha256 != expected:
-        raise InputError(f"{place} holds other weights, of the sha256 {model.checkpoint.sha256[:8]}. {advice}")
-    # The picture is turned already.
+        raise InputError(f"{place} contains other weights, of SHA-256 {model.checkpoint.sha256[:8]}. {advice}")
+    # No setting for EXIF: the picture is already turned.
     sizes = {name: recorded.preprocessing[name] for name in _SIZES if name in recorded.preprocessing}
     return model.extract([picture], precision=precision, progress=False, **sizes)

@@ -1,4 +1,4 @@
-"""Agreement of the ranks of a run: rank 0 decides, and the others are told."""
+"""Communication between the ranks of a run: rank 0 decides, and the others receive the result."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ T = TypeVar("T")
 def from_rank_0(trainer: Trainer, function: Callable[[], T]) -> T:
     """Call a function on rank 0 and return its result on every rank. All ranks must call this.
 
-    Where the function raises, rank 0 raises the same, and the other ranks end without a word: rank 0 prints the reason.
+    If the function raises, rank 0 raises the error and prints the reason; the other ranks exit without a message.
     """
     if trainer.world_size == 1:
         return function()
-    told: tuple[T] | None = None
+    result: tuple[T] | None = None
     try:
         if trainer.is_global_zero:
-            told = (function(),)
+            result = (function(),)
     finally:
-        told = trainer.strategy.broadcast(told)
-    if told is None:
+        result = trainer.strategy.broadcast(result)
+    if result is None:
         raise SystemExit(1)
-    return told[0]
+    return result[0]
 
 
 def gather(trainer: Trainer, value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The configs and the demo, which come with the package: inside it in a wheel, beside it in a clone."""
+"""The configs and the demo that come with the package: inside it in a wheel, next to it in a clone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEMO = HOME / "assets" / "demo"
 
 
 def config_names() -> list[str]:
-    """Return the names that `--config` takes instead of a path."""
+    """Return the names that `--config` accepts instead of a path."""
     return sorted(path.stem for path in (HOME / "configs").glob("*.yaml"))
 
 
@@ -21,15 +21,15 @@ def config_file(name: str | os.PathLike[str]) -> Path:
     """Return the file of a config.
 
     Args:
-        name: A path, or the name of a config that comes with the package. A file of that name wins.
+        name: A path, or the name of a config that comes with the package. An existing file takes precedence.
 
     Raises:
-        SettingError: It is neither.
+        SettingError: `name` is neither.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    # `configs/decoder.yaml`, as every page writes it, works without a clone too.
+    # `configs/decoder.yaml`, as in the documentation, also works without a clone.
     known = path.suffix == ".yaml" and path.parent == Path("configs")
     stem = path.stem if known else str(name)
     names = config_names()
@@ -40,7 +40,7 @@ def config_file(name: str | os.PathLike[str]) -> Path:
 
 
 def demo_file(path: str) -> str:
-    """Return the package's own copy of a demo file, named as in configs/demo.yaml, unless the working folder has it."""
+    """Return a path, or the package's copy if it names a demo file that is missing from the working directory."""
     relative = Path(path)
     if relative.parts[:2] == ("assets", "demo") and not relative.exists():
         return str(HOME / relative)

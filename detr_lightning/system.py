@@ -1,6 +1,6 @@
-"""Effects on the whole process, in one place: signals, warnings, the settings of torch, Pillow and the C library.
+"""Process-wide effects: signals, warnings, and the settings of torch, Pillow and the C library.
 
-A run puts back what it changed, `keep_freed_memory` excepted, which says why. Data workers end with their run.
+A run restores what it changed, except for `keep_freed_memory`, which explains why. Data workers end with their run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ QUIET = (
 
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's messages on itself, the hardware and its dependencies out of a run's output."""
+    """Suppress Lightning's messages about itself, the hardware and its dependencies."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -56,7 +56,7 @@ def quiet_lightning() -> Iterator[None]:
 
 @contextlib.contextmanager
 def restore_settings() -> Iterator[None]:
-    """Put back afterwards the settings of torch and Pillow that a run changes: TensorFloat-32 and the pixel limit."""
+    """Restore the settings of torch and Pillow that a run changes: TensorFloat-32 and the pixel limit."""
     precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     max_pixels = Image.MAX_IMAGE_PIXELS
     try:
@@ -69,9 +69,9 @@ def restore_settings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Do without Python's collector of circular garbage, which would walk through millions of new objects many times.
+    """Disable Python's garbage collector, which would traverse millions of new objects many times.
 
-    For plans and counts: they make an object for each image, and no circles. It takes up to two fifths of their time.
+    Plans and counts create an object per image, but no reference cycles. The collector takes up to 40 % of their time.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -83,17 +83,17 @@ def without_collector() -> Iterator[None]:
 
 
 BFLOAT16 = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}
-"""Processor flags, as Linux names them, any of which stands for instructions for bfloat16."""
+"""Processor flags, as named by Linux; any of them means instructions for bfloat16."""
 
 
 def has_instructions(precision: str, device: str, cpuinfo: str | None = None) -> bool:
-    """Return whether a precision runs at the processor's speed. bfloat16 without instructions is ten times slower.
+    """Return whether the processor has instructions for a precision; bfloat16 without them is ten times slower.
 
     Args:
-        precision: Lightning's, such as `bf16-mixed`.
+        precision: Lightning's precision, such as `bf16-mixed`.
         device: The type of the device, such as `cpu`.
-        cpuinfo: The processor's description in the format of Linux; by default this one's. Where there is none, as on
-            other systems, the instructions are taken to be there.
+        cpuinfo: The content of `/proc/cpuinfo`; by default, this machine's. Without it, as on systems other than Linux,
+            the instructions are assumed to exist.
     """
     if device != "cpu" or "bf16" not in precision:
         return True
@@ -112,7 +112,7 @@ def allow_tf32(allowed: bool) -> None:
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """End as orderly on SIGTERM as on Ctrl-C."""
+    """Handle SIGTERM like Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -130,29 +130,29 @@ def available_cores() -> int:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let this process keep freed memory for its next allocations, where the C library is glibc.
+    """Let this process keep freed memory for its next allocations, if the C library is glibc.
 
     A feature map of DETR's first stage takes 55 MB in float32. By default glibc hands blocks of this size back to the
     system when they are freed, and the system clears every page anew for the next image: a tenth of an image's time.
-    It holds for the whole process and cannot be undone, and the process stays as large as it has been.
+    The setting affects the whole process and cannot be undone, and the process never shrinks.
     """
     if not sys.platform.startswith("linux"):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # missing in musl
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class SideThreads(ThreadPoolExecutor):
-    """Threads that work beside the model, each of them running torch on one core.
+    """Threads that work alongside the model, each of which runs torch on one core.
 
-    By default each thread that calls a torch operator gets a team of OpenMP threads, one for each core, that go on
-    spinning for a while when the operator is done, on the cores that the model computes on.
+    By default, each thread that calls a torch operator gets a team of OpenMP threads, one per core. They keep spinning
+    for a while after the operator is done, on the cores that the model needs.
 
     Args:
-        number: How many threads.
-        name: The beginning of their names.
+        number: The number of threads.
+        name: The prefix of their names.
     """
 
     def __init__(self, number: int, name: str) -> None:
@@ -161,10 +161,10 @@ class SideThreads(ThreadPoolExecutor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the threads; see `concurrent.futures.Executor.shutdown`."""
         super().shutdown(wait, cancel_futures=cancel_futures)
-        # Setting it in one thread also set what later threads would begin with.
+        # Setting the number in one thread also changed the number that later threads start with.
         torch.set_num_threads(torch.get_num_threads())
 
 
 def _take_one_core() -> None:
-    torch.get_num_threads()  # A thread's first use of torch takes the process's latest number: before, not after.
+    torch.get_num_threads()  # Do this first: a thread's first use of torch sets its number to the process's latest.
     torch.set_num_threads(1)

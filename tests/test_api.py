@@ -235,7 +235,7 @@ def test_a_home_folder_is_found(
 
 def test_what_is_not_there(coco_folder: Coco, tiny_weights: Path, tmp_path: Path) -> None:
     image = next(coco_folder.images.iterdir())
-    with pytest.raises(FileNotFoundError, match=r"no file and no folder .*none\.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"images: .*none\.jpg does not exist"):
         read(tmp_path / "none.jpg", tiny_weights)
     with pytest.raises(FileNotFoundError, match=r"number 2, .*none\.jpg, is not a file"):
         read([image, tmp_path / "none.jpg"], tiny_weights, on_error="skip")
@@ -245,7 +245,7 @@ def test_what_is_not_there(coco_folder: Coco, tiny_weights: Path, tmp_path: Path
         read(image, tmp_path / "none.pth")
     with pytest.raises(ValueError, match="list is empty"):
         read([], tiny_weights)
-    with pytest.raises(ValueError, match="belongs to a folder"):
+    with pytest.raises(ValueError, match="needs a folder"):
         read([image], tiny_weights, annotation_file=coco_folder.annotations)
     with pytest.raises(TypeError, match=r"number 1 is of type ndarray.*fromarray"):
         read([np.zeros((64, 64, 3), np.uint8)], tiny_weights)

@@ -79,7 +79,7 @@ def test_with_sigmoid_every_logit_is_a_category() -> None:
     assert labels.tolist() == [2, 0]
     torch.testing.assert_close(scores, logits.sigmoid()[range(2), [2, 0]])
     assert detect(logits, torch.rand(2, 4), (10, 10)).labels.tolist() == [1, 0]
-    with pytest.raises(ValueError, match="scoring is 'logistic', which is none of softmax, sigmoid"):
+    with pytest.raises(ValueError, match="scoring is 'logistic', which is not one of softmax, sigmoid"):
         detect(logits, torch.rand(2, 4), (10, 10), scoring="logistic")
 
 

@@ -72,7 +72,7 @@ def test_a_crop_is_what_the_model_sees(store: EmbeddingStore) -> None:
 
 def test_what_cannot_be_asked(store: EmbeddingStore, tmp_path: Path) -> None:
     path = image_of(store, store.image_ids[0])
-    with pytest.raises(ValueError, match=r"crop is \[0, 0, 9999, 10\].* does not lie in the image of \d+x\d+ pixels"):
+    with pytest.raises(ValueError, match=r"crop is \[0, 0, 9999, 10\].* is not inside the image of \d+x\d+ pixels"):
         query_objects(store, path, crop=[0, 0, 9999, 10])
     with pytest.raises(ValueError, match="give x, y, width and height"):
         query_objects(store, path, box=[1, 2, 3])
@@ -87,12 +87,12 @@ def test_what_cannot_be_asked(store: EmbeddingStore, tmp_path: Path) -> None:
 
 def test_the_weights_are_those_of_the_extraction(store: EmbeddingStore, tmp_path: Path, tiny_weights: Path) -> None:
     path = image_of(store, store.image_ids[0])
-    with pytest.raises(ValueError, match=r"tiny\.pth holds other weights.* Give --weights"):
+    with pytest.raises(ValueError, match=r"tiny\.pth contains other weights.* Set --weights"):
         query_objects(store, path, weights=tiny_weights)
     weights = store.folder.parent / "weights.pth"  # type: ignore[union-attr]
     weights.rename(tmp_path / "moved.pth")
     try:
-        with pytest.raises(FileNotFoundError, match="Give --weights"):
+        with pytest.raises(FileNotFoundError, match="Set --weights"):
             query_objects(store, path)
         assert len(query_objects(store, path, weights=tmp_path / "moved.pth"))
     finally:
@@ -133,7 +133,7 @@ def test_a_table_of_another_extraction(store: EmbeddingStore, tmp_path: Path, ca
     assert main(argv) == 1
     assert "belongs to another extraction: its folder is" in capsys.readouterr().err
     assert main([*argv[:-1], str(tmp_path / "mine.parquet"), "--sheet", "x.txt"]) == 1
-    assert "a contact sheet ends in" in capsys.readouterr().err
+    assert "a contact sheet must end in" in capsys.readouterr().err
 
 
 def test_what_the_command_refuses(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> None:
@@ -147,8 +147,8 @@ def test_what_the_command_refuses(store: EmbeddingStore, tmp_path: Path, capsys:
 
     assert "argument --crop: '1,2,x,4' is not x,y,width,height in pixels" in refused("--crop", "1,2,x,4")
     assert "argument --box: '1,2,3' is not x,y,width,height in pixels" in refused("--box", "1,2,3")
-    assert "does not lie in the image of" in refused("--crop", "0,0,5000,10")
-    assert "which is no folder" in refused("--image_dir", str(tmp_path / "none"))
+    assert "is not inside the image of" in refused("--crop", "0,0,5000,10")
+    assert "which is not a folder" in refused("--image_dir", str(tmp_path / "none"))
     # Nothing is found: the best score is named each time, rounded down.
     for _ in range(2):
         assert "scores 1.0 or more; the best is 0.9" in refused("--threshold", "1")

@@ -36,7 +36,7 @@ from detr_lightning.system import quiet_lightning, restore_settings, sigterm_as_
 
 
 class DETRCLI(LightningCLI):
-    """LightningCLI with the two subcommands that extraction has."""
+    """LightningCLI for `predict` and `validate`."""
 
     def __init__(self, verb: str, words: Sequence[str]) -> None:
         self.console = Console(stderr=True, markup=False)
@@ -54,13 +54,13 @@ class DETRCLI(LightningCLI):
             trainer_defaults=dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False),
         )
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # which builds no parser for nothing
-        """Return the verb, and the Trainer's arguments that it does not offer."""
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # so no unused parser is built
+        """Return the verb, with the Trainer's arguments that it does not offer."""
         not_offered = "model dataloaders datamodule ckpt_path weights_only return_predictions verbose"
         return {self.verb: set(not_offered.split())}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the settings that are not the model's, the data's or the Trainer's."""
+        """Add the writer's settings and the top-level ones."""
         parser.add_lightning_class_args(EmbeddingWriter, "writer")
         parser.add_argument("--extract_type", type=str, default="decoder")
         parser.add_argument("--output_dir", type=str, default="./embeddings_output")
@@ -71,15 +71,15 @@ class DETRCLI(LightningCLI):
             parser.link_arguments(source, target)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line, which has been checked as far as that works without Lightning."""
+        """Parse the command line, which `checked_words` has already checked."""
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Look for the images before the weights, which may have to be fetched.
+        """Check that the images exist before the weights are loaded, or even downloaded.
 
         Raises:
-            FileNotFoundError: Their folder does not exist.
-            CommandError: A dry run would have to download them.
+            FileNotFoundError: The image folder does not exist.
+            CommandError: A dry run would have to download the images.
         """
         settings = self.config[self.subcommand]
         data = settings.data
@@ -91,8 +91,8 @@ class DETRCLI(LightningCLI):
             for name in filter(None, (data.image_dir, data.annotation_file)):
                 if not Path(name).expanduser().exists():
                     raise CommandError(
-                        f"--dry_run downloads nothing, and {name} is not there: without it, this command fetches COCO "
-                        "val2017 first, 5,000 images (1 GB)."
+                        f"--dry_run downloads nothing, and {name} does not exist. Without --dry_run, this command "
+                        "first downloads COCO val2017, 5,000 images (1 GB)."
                     )
         if data.download:
             return
@@ -101,13 +101,13 @@ class DETRCLI(LightningCLI):
         except FileNotFoundError as error:
             if Path(data.annotation_file or "").name != "instances_val2017.json":
                 raise
-            raise FileNotFoundError(f"{error}. To fetch COCO val2017 (1 GB) there: --data.download true") from None
+            raise FileNotFoundError(f"{error}. To download COCO val2017 (1 GB) to it: --data.download true") from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Return the Trainer.
+        """Return the Trainer, with a progress bar that counts images.
 
         Raises:
-            CommandError: Lightning does not accept a setting's value.
+            CommandError: Lightning rejects the value of a setting.
         """
         config = self._trainer_settings
         callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
@@ -118,39 +118,39 @@ class DETRCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, RuntimeError, ImportError) as error:
             raise CommandError(f"trainer: {error}") from error
-        # Lightning took it from the environment, which may be another job's.
-        setattr(rank_zero_only, "rank", trainer.global_rank)  # noqa: B010, which mypy wants
+        # Lightning read the rank from the environment, which may be left over from another job.
+        setattr(rank_zero_only, "rank", trainer.global_rank)  # noqa: B010, mypy rejects an assignment
         return trainer
 
     @property
     def writer(self) -> EmbeddingWriter:
-        """The callback that writes."""
+        """The callback that writes the embeddings."""
         writer: EmbeddingWriter = self._get(self.config_init, "writer")
         return writer
 
     def before_predict(self) -> None:
-        """Print the plan, and refuse one that cannot be carried out.
+        """Print the plan, and check that it can be carried out.
 
         Raises:
-            CommandError: The disk is too small, or the precision is not available.
+            SettingError: The disk has too little space, or a setting cannot be used.
         """
         self.job = Job(self.trainer, self.model, self.datamodule, self.writer)
         self.job.prepare(self._trainer_settings.precision, self._allow_slow_precision)
         if self.job.plan() is None:
             return
         needed, free = self.writer.bytes_needed(self.model), free_bytes(self.writer.output_dir)
-        self._say(*reports.announcement(self.job, free))
+        self._print(*reports.announcement(self.job, free))
         if free is not None and needed > free:
             raise CommandError(
                 f"output_dir {self.writer.output_dir} needs {decimal(needed)}, but its disk has {decimal(free)} free. "
-                "Free some space, choose another output_dir, fewer keys (model.keys) or writer.dtype=float16."
+                "Free some space, or choose another output_dir, fewer keys (model.keys) or writer.dtype=float16."
             )
 
     def predict(self, **kwargs: Any) -> None:
-        """Extract; keep no prediction in memory.
+        """Run the extraction, without keeping the predictions in memory.
 
         Raises:
-            IncompleteError: The run ended, and an image is missing.
+            IncompleteError: The run ended before all images were extracted.
         """
         if self._dry_run or self.job.complete:
             return
@@ -159,13 +159,13 @@ class DETRCLI(LightningCLI):
         metadata = self.job.finish()
         if metadata is None:
             return
-        self._say(*reports.result(self.writer, metadata, time.monotonic() - began, self.trainer.world_size))
+        self._print(*reports.result(self.writer, metadata, time.monotonic() - began, self.trainer.world_size))
 
     def before_validate(self) -> None:
-        """Refuse settings that cannot be validated.
+        """Check the settings, and prepare the data.
 
         Raises:
-            SettingError: There are no annotations, or the precision is not available.
+            SettingError: The annotations are missing, or a setting cannot be used.
         """
         check_trainer(self.trainer, self._trainer_settings.precision, self._allow_slow_precision)
         if self._output is not None and self._output.is_dir():
@@ -180,21 +180,21 @@ class DETRCLI(LightningCLI):
             self.datamodule.setup("validate")  # before other ranks are launched, so that they get its result
 
     def validate(self, **kwargs: Any) -> None:
-        """Compute COCO's detection metrics, print and keep them."""
+        """Compute COCO's detection metrics, print them, and write them to the file of `--output`."""
         with restore_settings(), meeting(self.trainer):
             self.trainer.validate(**kwargs, verbose=False)
         self.summary = self.model.metrics
         if this_rank() == 0:
             images = count(len(self.model.validated), "image")
-            said = f"{self.model.checkpoint.name} on {images}", reports.metrics(self.summary)
-            Console(markup=False).print(*said, sep="\n", highlight=False)
+            lines = f"{self.model.checkpoint.name} on {images}", reports.metrics(self.summary)
+            Console(markup=False).print(*lines, sep="\n", highlight=False)
             if self._output is not None:
                 self._output.parent.mkdir(parents=True, exist_ok=True)
                 content = {"model": self.model.checkpoint.name, "num_images": len(self.model.validated), **self.summary}
                 write_json(self._output, content)
         names = {record.image_id: record.file_name for record in self.datamodule.records}
         failures = [(record.file_name, reason) for record, reason in self.datamodule.failures]
-        self._say(
+        self._print(
             *reports.skipped([*failures, *((names[image_id], reason) for image_id, reason in self.model.skipped)])
         )
 
@@ -215,7 +215,7 @@ class DETRCLI(LightningCLI):
     def _dry_run(self) -> bool:
         return bool(self.config[self.subcommand].dry_run)
 
-    def _say(self, *things: Any) -> None:
+    def _print(self, *things: Any) -> None:
         if this_rank() == 0:
             for thing in things:
                 self.console.print(thing, highlight=False, soft_wrap=isinstance(thing, str))
@@ -225,8 +225,8 @@ def run(verb: str, words: Sequence[str]) -> int:
     """Run `predict` or `validate`.
 
     Args:
-        verb: The verb.
-        words: The words after it, as `checked_words` returns them.
+        verb: `predict` or `validate`.
+        words: The arguments after the verb, as `checked_words` returns them.
 
     Returns:
         The exit code; see `exit_code`.
@@ -238,4 +238,4 @@ def run(verb: str, words: Sequence[str]) -> int:
         with quiet_lightning(), plain_warnings(), sigterm_as_interrupt():
             DETRCLI(verb, words)
 
-    return exit_code(command, kept=KEPT if verb == "predict" else "")  # validate keeps nothing
+    return exit_code(command, kept=KEPT if verb == "predict" else "")  # validate keeps no results

@@ -1,4 +1,4 @@
-"""`detr-lightning convert`: a folder of files as one Lance table, or a table as files."""
+"""`detr-lightning convert`: turn a folder of files into one Lance table, or a table into files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from detr_lightning.store.convert import convert
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the two places."""
-    parser.add_argument("source", help="a finished extraction: a folder of files, or a table and its URL")
-    parser.add_argument("target", help="an empty or new folder, or for a table a URL such as s3://bucket/embeddings")
+    """Add the source and the target."""
+    parser.add_argument("source", help="a finished extraction: a folder of files, or the folder or URL of a table")
+    parser.add_argument("target", help="a new or empty folder, or, for a table, a URL such as s3://bucket/embeddings")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The end of a run of `predict` or `validate`: its exit code, its one message, and its warnings."""
+"""Exit codes, error messages and warnings of `predict` and `validate`."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from torch.distributed import DistError
 from detr_lightning.errors import DETRLightningError, DETRLightningWarning
 
 FAILURES = {
-    "out of memory": "The memory of the device is full ({}). Set data.batch_size lower.",
-    "can't allocate memory": "The memory is full ({}). Set data.batch_size or data.num_workers lower.",
+    "out of memory": "The device is out of memory ({}). Set data.batch_size lower.",
+    "can't allocate memory": "Out of memory ({}). Set data.batch_size or data.num_workers lower.",
     "ended before": "{}",
     **dict.fromkeys(("gloo", "NCCL", "Connection closed by peer"), "Another rank ended: see its message ({})."),
     "unable to allocate shared memory": "Data workers have too little shared memory ({}). Set data.num_workers or "
     "data.batch_size lower, or give the container more: docker run --shm-size=2g.",
     "unable to open shared memory object": "Data workers cannot use /dev/shm ({}). Make it writable, or set "
     "data.num_workers to 0.",
-    "DataLoader worker": "A process that reads images ended ({}). If memory ran out, set data.num_workers or "
+    "DataLoader worker": "A data worker ended unexpectedly ({}). If memory ran out, set data.num_workers or "
     "data.batch_size lower.",
-    "C++ compile": "model.compile needs a C++ compiler that works, such as g++ ({}). "
+    "C++ compile": "model.compile needs a working C++ compiler, such as g++ ({}). "
     "Install one, or leave model.compile out.",
 }
-"""Messages for errors of torch that a user can do something about, by a part of torch's own message."""
+"""Messages for torch errors that a user can fix, by a fragment of torch's own message."""
 
 
 def exit_code(run: Callable[[], object], kept: str = "") -> int:
-    """Run something and print the error that ended it as one message. A programming error shows its traceback.
+    """Run a function and print an error as one message. A programming error is raised, with its traceback.
 
     Args:
         run: The function to run.
-        kept: The end of the message, if a part of the work was done.
+        kept: A sentence to add after Ctrl-C or a torch error, if finished work is kept.
 
     Returns:
         0 for success, 1 for an error, 130 after Ctrl-C.
@@ -46,7 +46,7 @@ def exit_code(run: Callable[[], object], kept: str = "") -> int:
     except KeyboardInterrupt:
         return _fail("Interrupted.", 130, kept)
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning has turned into an exit
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turned it into an exit
             return _fail("Interrupted.", 130, kept)
         raise
     except (DETRLightningError, OSError, MisconfigurationException) as error:
@@ -64,7 +64,7 @@ def exit_code(run: Callable[[], object], kept: str = "") -> int:
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Print this package's warnings as one line, without their place in the code."""
+    """Print this package's warnings as one line, without the file name and line number."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", DETRLightningWarning)
         show = warnings.showwarning
@@ -89,6 +89,6 @@ def _fail(message: str, code: int, kept: str = "") -> int:
 
 
 def this_rank() -> int:
-    """Return this process's rank, which Lightning knows from the start."""
+    """Return this process's rank, which Lightning sets on import."""
     rank: int = getattr(rank_zero_only, "rank", 0)
     return rank

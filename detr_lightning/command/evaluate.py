@@ -1,4 +1,4 @@
-"""`detr-lightning evaluate`: compute COCO's numbers from an extraction."""
+"""`detr-lightning evaluate`: compute COCO's metrics from an extraction."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from detr_lightning.store.store import EmbeddingStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the folder, the annotations and the file for the numbers."""
+    """Add the folder, the annotations and the output file."""
     parser.add_argument("folder", help="the output folder of an extraction")
     parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO's instances_*.json of these images")
-    parser.add_argument("--output", metavar="FILE.json", help="also write the numbers to a file")
+    parser.add_argument("--output", metavar="FILE.json", help="also write the metrics to this file")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the numbers as a table."""
+    """Print the metrics as a table, and write them to the file of `--output`."""
     from detr_lightning.analysis.evaluation import evaluate_store
     from detr_lightning.format.files import write_json
 
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     out = Console()
     out.print(table)
     if failed := store.metadata_file.failed():
-        out.print(f"Without {count(len(failed), 'image')} that could not be read at the extraction.")
+        out.print(f"Not included: {count(len(failed), 'image')} that could not be read during the extraction.")
     if options.output:
         path = Path(options.output).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`main`: the whole command, from its arguments to its exit code."""
+"""The entry point of the command line: runs a verb and returns its exit code."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: The arguments; by default those of the process.
+        argv: The command-line arguments; by default, `sys.argv[1:]`.
 
     Returns:
-        The exit code: 0 for success, 1 for an error, which is printed as one message, 130 after Ctrl-C. An error in
-        the program itself is raised, with its traceback.
+        The exit code: 0 for success, 1 for an error, which is printed as one message, 130 after Ctrl-C. An unexpected
+        exception is raised.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -66,26 +66,26 @@ def _run_lightning(verb: str, words: Sequence[str]) -> int:
     words = checked_words(verb, words)
     forget_stale_launchers()  # before Lightning reads the environment
     end_with_parent()
-    if launched_by_rank_0():  # Rank 0 answers Ctrl-C, and would itself be killed if this rank ended first.
+    if launched_by_rank_0():  # Rank 0 handles Ctrl-C, and would be killed if this rank ended first.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        from detr_lightning.command.cli import run  # This takes seconds.
+        from detr_lightning.command.cli import run  # Importing Lightning takes seconds.
     except KeyboardInterrupt:
         return _fail("Interrupted before anything was done.", 130)
     return run(verb, words)
 
 
 def overview() -> str:
-    """Return the help of the whole command: every verb, with a line and an example."""
+    """Return the help of the command: each verb with a one-line description and an example."""
     width = max(map(len, VERBS)) + 2
-    lines = [f"usage: {PROGRAM} VERB ...", "", "Extract the embeddings of DETR, for COCO or any folder of images.", ""]
+    lines = [f"usage: {PROGRAM} VERB ...", "", "Extract DETR embeddings for COCO or any folder of images.", ""]
     for name, verb in VERBS.items():
         lines += [f"  {name:{width}}{verb.help}", f"  {'':{width}}$ {PROGRAM} {name} {verb.example}"]
-    return "\n".join([*lines, "", f"{PROGRAM} VERB --help shows all settings of a verb; --version the version."])
+    return "\n".join([*lines, "", f"{PROGRAM} VERB --help lists its settings; --version prints the version."])
 
 
 class VerbParser(argparse.ArgumentParser):
-    """The parser of one verb, which raises an error in a line or two instead of exiting.
+    """The argument parser of one verb, which raises a short error instead of exiting.
 
     Args:
         name: The verb.
@@ -101,7 +101,7 @@ class VerbParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raise the error, with the nearest flag.
+        """Raise the error, with a suggestion for an unknown flag.
 
         Raises:
             SettingError: Always.
@@ -115,7 +115,7 @@ class VerbParser(argparse.ArgumentParser):
 def _unknown(name: str, rest: Sequence[str]) -> str:
     if name.startswith("-"):
         verb = next((word for word in rest if word in VERBS), "VERB")
-        return f"The verb comes first, settings such as {name} after it: {PROGRAM} {verb} {name} ..."
+        return f"The verb comes first, then settings such as {name}: {PROGRAM} {verb} {name} ..."
     return f"There is no verb {name!r}. The verbs are {', '.join(VERBS)}.{did_you_mean(name, VERBS)}"
 
 

@@ -11,19 +11,19 @@ from detr_lightning.store.store import EmbeddingStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the folder, the table's file and which objects go into it."""
+    """Add the folder, the output file and the selection of objects."""
     parser.add_argument("folder", help="the output folder of an extraction")
     parser.add_argument("--output", required=True, metavar="FILE.parquet", help="the file to write")
-    parser.add_argument("--threshold", type=float, default=0.7, help="the lowest score; default: 0.7")
+    parser.add_argument("--threshold", type=float, default=0.7, help="the lowest score of an object; default: 0.7")
     parser.add_argument("--annotations", metavar="FILE", help="COCO's instances_*.json, to compare the objects with")
-    parser.add_argument("--iou", type=float, default=0.5, help="the smallest overlap of a match; default: 0.5")
+    parser.add_argument("--iou", type=float, default=0.5, help="the lowest IoU of a match; default: 0.5")
     parser.add_argument(
         "--key",
         choices=("query_embeddings", "decoder_output", "none"),
         default="query_embeddings",
-        help="the source of the embeddings; default: query_embeddings; none: a table without",
+        help="the source of the embeddings; none leaves them out; default: query_embeddings",
     )
-    parser.add_argument("--layer", type=int, default=-1, help="decoder_output: the layer; default: -1, the last")
+    parser.add_argument("--layer", type=int, default=-1, help="for decoder_output: the layer; default: -1, the last")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 

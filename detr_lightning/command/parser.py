@@ -1,4 +1,4 @@
-"""The parser of LightningCLI, with shorter messages."""
+"""LightningCLI's parser, with shorter error messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any, NoReturn
 
-# Read when jsonargparse is first imported: LightningCLI itself uses what jsonargparse deprecates.
+# jsonargparse reads this on import. LightningCLI itself uses deprecated features of jsonargparse.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -19,7 +19,7 @@ class CommandError(SettingError):
 
 
 class CommandParser(LightningArgumentParser):
-    """A parser that reports an error in a line or two."""
+    """A parser that raises errors with short messages."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -34,10 +34,10 @@ class CommandParser(LightningArgumentParser):
 
 
 def _plain(text: str) -> str:
-    """Return a message of jsonargparse about types in the words of the command line."""
+    """Return jsonargparse's message about a wrong type, reworded for the command line."""
     wrong = re.search(r'Parser key "(.+?)": .*?Subtypes: \[(.*)\] Errors: .* Given value: (.*)', text)
     wrong = wrong or re.search(r'Parser key "(.+?)": Expected an? (.*)\. Got value: (.*)', text)
-    if wrong and "." not in re.sub(r"typing\.", "", wrong[2]):  # of a class it says more
+    if wrong and "." not in re.sub(r"typing\.", "", wrong[2]):  # the message about a class is more precise as it is
         allowed = re.sub(r"<class '(\w+)'>", r"\1", wrong[2]).replace("NoneType", "null")
         allowed = re.sub(r"list\[(\w+)\]", r"a list such as '[a, b]' (of \1)", allowed).replace("typing.Literal", "")
         text = f"{wrong[1]} is {wrong[3]!r}, but must be one of: {allowed}"

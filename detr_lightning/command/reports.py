@@ -1,4 +1,4 @@
-"""The reports of the command: the plan of a run, its result, the metrics of a validation."""
+"""The reports that the command prints: the plan of a run, its result, and the metrics of a validation."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def announcement(job: Job, free: int | None) -> list[RenderableType]:
     """Return the announcement of a planned run, and the content of each file.
 
     Args:
-        job: After `plan`, with a writer.
-        free: The bytes that the disk has free; None where it is unknown.
+        job: A job with a writer, after `plan`.
+        free: The free bytes on the disk; None if unknown.
     """
     writer, model, data = job.writer, job.model, job.data
     assert writer is not None
     run = writer.extraction
-    assert run is not None, "plan comes first"
+    assert run is not None, "call plan first"
     lines = [f"{model.checkpoint.name}: {model.checkpoint.notes}"]
     finished = len(run.finished)
     if finished and not model.checkpoint.sha256:
         lines.append(
-            f"Whether {writer.output_dir} was extracted with these weights cannot be compared without them: a run "
-            "compares before it begins."
+            f"Without the weights, the plan cannot check that {writer.output_dir} was extracted with them. "
+            "A run checks this before it begins."
         )
     if run.complete:
         done = f"{writer.output_dir} is finished: {count(finished, 'image')}. Nothing to do."
@@ -71,7 +71,7 @@ def announcement(job: Job, free: int | None) -> list[RenderableType]:
 
 
 def device(trainer: Trainer) -> str:
-    """Return where a run computes, in which precision, and with how many ranks and threads."""
+    """Return the device of a run, its precision, and the number of ranks and threads, as one line."""
     root = trainer.strategy.root_device
     name = f"{root} ({torch.cuda.get_device_name(root)})" if root.type == "cuda" else str(root)
     ranks = f", {trainer.world_size} ranks" if trainer.world_size > 1 else ""
@@ -80,7 +80,7 @@ def device(trainer: Trainer) -> str:
 
 
 def threads_per_rank(trainer: Trainer) -> int:
-    """Return how many threads torch will have in each rank: Lightning shares out the cores of a node."""
+    """Return the number of torch threads in each rank: Lightning divides the cores of a node among them."""
     ranks = trainer.num_devices
     return (
         torch.get_num_threads() if ranks == 1 or "OMP_NUM_THREADS" in os.environ else max(1, available_cores() // ranks)
@@ -88,7 +88,7 @@ def threads_per_rank(trainer: Trainer) -> int:
 
 
 def cautions(trainer: Trainer) -> list[str]:
-    """Return warnings of settings that make a run slow."""
+    """Return warnings about settings that make a run slow."""
     if trainer.strategy.root_device.type != "cpu":
         return []
     ranks, cores = trainer.num_devices, available_cores()
@@ -108,10 +108,10 @@ def result(writer: EmbeddingWriter, metadata: Metadata, seconds: float, ranks: i
     """Return the report of a finished run.
 
     Args:
-        writer: Of rank 0.
+        writer: The writer of rank 0.
         metadata: The metadata that the writer wrote.
-        seconds: How long it took.
-        ranks: How many ranks there were.
+        seconds: The duration of the run.
+        ranks: The number of ranks.
     """
     failed, written = metadata.failed, writer.images_written
     table = Table(show_header=False)
@@ -129,15 +129,15 @@ def result(writer: EmbeddingWriter, metadata: Metadata, seconds: float, ranks: i
 
 
 def next_command(writer: EmbeddingWriter) -> str:
-    """Return the next command, once the embeddings exist."""
+    """Return a suggestion for the next command."""
     return f"Next: detr-lightning summary {shlex.quote(str(writer.output_dir))}"
 
 
 def skipped(failures: Sequence[tuple[str, str]]) -> list[str]:
-    """Return which images were left out, and why.
+    """Return lines that list the skipped images and the reasons.
 
     Args:
-        failures: The file name of each, and the reason.
+        failures: The file name and the reason of each image.
     """
     if not failures:
         return []
@@ -147,7 +147,7 @@ def skipped(failures: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def metrics(values: Mapping[str, float]) -> Table:
-    """Return COCO's numbers as a table."""
+    """Return COCO's metrics as a table."""
     table = Table("COCO metric", "value")
     table.columns[1].justify = "right"
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""`detr-lightning search`: find the objects of a folder of embeddings that are most like those of an image."""
+"""`detr-lightning search`: find the objects in a folder that are most similar to those in an image."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from detr_lightning.store.store import EmbeddingStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the folder, the image, which of its objects to search with, and where the results go."""
+    """Add the folder, the image, the selection of its objects, and the destination of the results."""
     parser.add_argument("folder", help="the output folder of an extraction with query_embeddings")
     parser.add_argument("--image", required=True, metavar="FILE", help="the image to search with")
     parser.add_argument(
         "--box", type=_numbers, metavar="X,Y,W,H", help="search with the detection that overlaps this box most"
     )
-    parser.add_argument("--crop", type=_numbers, metavar="X,Y,W,H", help="cut this out of the image first")
+    parser.add_argument("--crop", type=_numbers, metavar="X,Y,W,H", help="crop the image to this box first")
     parser.add_argument(
-        "--threshold", type=float, default=0.7, help="the lowest score of an object, on both sides; default: 0.7"
+        "--threshold",
+        type=float,
+        default=0.7,
+        help="the lowest score of any object; default: 0.7",
     )
-    parser.add_argument("-k", type=int, default=10, help="results for each object; default: 10")
-    parser.add_argument("--weights", metavar="FILE", help="the model's weights, where they have moved")
+    parser.add_argument("-k", type=int, default=10, help="results per object; default: 10")
+    parser.add_argument("--weights", metavar="FILE", help="the model's weights, if they have moved")
     parser.add_argument("--table", metavar="FILE.parquet", help="the table of objects; default: FOLDER.objects.parquet")
-    parser.add_argument("--exact", action="store_true", help="compare with every object, also of 100,000 and more")
+    parser.add_argument("--exact", action="store_true", help="compare with every object, even of 100,000 or more")
     parser.add_argument("--sheet", metavar="FILE.png", help="draw the results as a contact sheet")
-    parser.add_argument("--image_dir", metavar="DIR", help="sheet: the folder's images, where they have moved")
+    parser.add_argument("--image_dir", metavar="DIR", help="with --sheet: the image folder, if it has moved")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the results, and draw them if asked to."""
+    """Print the results, and draw them if `--sheet` is given."""
     import numpy as np
 
     from detr_lightning.analysis.cached import objects_table, source_of
@@ -40,13 +43,13 @@ def run(options: argparse.Namespace) -> int:
     store = EmbeddingStore(options.folder)
     sheet = _sheet(options.sheet)
     if options.image_dir is not None and not Path(options.image_dir).expanduser().is_dir():
-        raise SettingError(f"--image_dir is {options.image_dir}, which is no folder.")
+        raise SettingError(f"--image_dir is {options.image_dir}, which is not a folder.")
     table = objects_table(store, options.threshold, path=options.table)
     search = ObjectSearch(table, exact=options.exact or None)
     if not len(search):
         raise InputError(f"{table} has no objects to compare with. Write it again with a lower threshold.")
     source = source_of(table)
-    from detr_lightning.query import query_objects  # This takes seconds.
+    from detr_lightning.query import query_objects
 
     queries = query_objects(
         store,
@@ -90,7 +93,7 @@ def _sheet(name: str | None) -> Path | None:
         return None
     path = Path(name).expanduser()
     if path.suffix not in (".png", ".jpg", ".pdf", ".svg"):
-        raise SettingError(f"--sheet is {name}; a contact sheet ends in .png, .jpg, .pdf or .svg.")
+        raise SettingError(f"--sheet is {name}, but a contact sheet must end in .png, .jpg, .pdf or .svg.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

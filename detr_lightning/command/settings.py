@@ -1,6 +1,6 @@
-"""The settings of `predict` and `validate`, read off the sources of the classes that they configure.
+"""The settings of `predict` and `validate`, parsed from the source code of the classes that they configure.
 
-Importing Lightning takes seconds: neither the help nor a misspelt setting should wait for it.
+Importing Lightning takes seconds. Neither the help nor an error about a misspelled setting should wait for it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ GROUPS = {
     "model": ("extractor.py", "DETRExtractor"),
     "writer": ("extraction/writer.py", "EmbeddingWriter"),
 }
-"""The groups of settings, each with the class whose `__init__` has them."""
+"""The groups of settings, each with the file and class whose `__init__` defines them."""
 
 GROUPS_OF = {"predict": ("data", "model", "writer"), "validate": ("data", "model")}
 """The groups that a verb uses."""
 
 LINKS = {"extract_type": "model.extract_type", "output_dir": "writer.output_dir", "dry_run": "model.plan_only"}
-"""Top-level keys, and the settings they stand for."""
+"""Top-level keys, and the settings that they set."""
 
 TITLES = {"data": "Images:", "model": "Model:", "writer": "Files:"}
 
@@ -39,9 +39,9 @@ class Setting(NamedTuple):
     """One setting.
 
     Attributes:
-        name: As it is written in YAML, and after two dashes.
-        kind: The kind of its value; empty for a switch, which takes none.
-        default: The default as Python writes it; empty where the setting is required.
+        name: The full name, such as `data.limit`.
+        kind: The placeholder for its value in the help; empty for a switch, which has no value.
+        default: The default as a Python expression; empty if the setting is required.
         help: The description.
     """
 
@@ -52,7 +52,7 @@ class Setting(NamedTuple):
 
     @property
     def usage(self) -> str:
-        """The flag, the kind of its value, and its default."""
+        """The flag, the placeholder for its value, and the default."""
         usage = f"--{self.name} {self.kind}".rstrip()
         if not self.default:
             return f"{usage}  (required)"
@@ -64,7 +64,7 @@ _CONFIG = Setting(
     "config",
     "NAME|FILE",
     "None",
-    f"Settings from YAML, which flags override. By name: {', '.join(shipped.config_names())}.",
+    f"A YAML file with settings; flags override them. Available by name: {', '.join(shipped.config_names())}.",
 )
 _SLOW = Setting(
     "allow_slow_precision",
@@ -81,21 +81,21 @@ TOP = {
             "TYPE",
             "'decoder'",
             "decoder: decoder_output, query_embeddings and encoder_output; encoder: encoder_output; backbone: "
-            "backbone_features; all: all of these. Each has pred_logits and pred_boxes too.",
+            "backbone_features; all: all of these. Each also includes pred_logits and pred_boxes.",
         ),
         Setting("output_dir", "FOLDER", "'./embeddings_output'", "The folder to write to. It is created if missing."),
-        Setting("dry_run", "", "False", "Print the plan, and stop. It needs no download of official weights."),
+        Setting("dry_run", "", "False", "Print the plan and stop, without downloading official weights."),
         _SLOW,
     ),
     "validate": (_CONFIG, Setting("output", "FILE.json", "None", "Also write the numbers to this file."), _SLOW),
 }
-"""The settings that stand in no group."""
+"""The settings that are not in a group."""
 
 
 def settings(group: str) -> Iterator[Setting]:
-    """Yield the settings of a group, in the order of the signature; the linked ones are left out."""
+    """Yield the settings of a group in the order of the signature, except those set by a top-level key."""
     if group == "trainer":
-        spec = importlib.util.find_spec("lightning")  # which does not import it
+        spec = importlib.util.find_spec("lightning")  # without importing it
         folders = (spec.submodule_search_locations if spec else None) or [""]
         file, name = Path(folders[0]) / "pytorch" / "trainer" / "trainer.py", "Trainer"
     else:
@@ -122,7 +122,7 @@ def _kind(annotation: str) -> str:
 
 
 def _described(docstring: str) -> dict[str, str]:
-    """Return the descriptions under `Args:` of a docstring in Google's style."""
+    """Return the descriptions under `Args:` of a Google-style docstring."""
     _, _, rest = docstring.partition("\nArgs:\n")
     texts: dict[str, str] = {}
     name = ""
@@ -139,14 +139,14 @@ def _described(docstring: str) -> dict[str, str]:
 
 @functools.cache
 def names(verb: str) -> frozenset[str]:
-    """Return the names of all settings of a verb, `trainer.*` excepted."""
+    """Return the names of all settings of a verb, except `trainer.*`."""
     grouped = (setting for group in GROUPS_OF[verb] for setting in settings(group))
     return frozenset(setting.name for setting in (*TOP[verb], *grouped))
 
 
 @functools.cache
 def trainer_names() -> frozenset[str]:
-    """Return the names of Lightning's own settings; none where its source is not as expected."""
+    """Return the names of Lightning's own settings; empty if its source cannot be parsed as expected."""
     try:
         return frozenset(setting.name for setting in settings("trainer"))
     except (OSError, StopIteration, RuntimeError):
@@ -154,7 +154,7 @@ def trainer_names() -> frozenset[str]:
 
 
 def help_of(verb: str) -> str:
-    """Return the help of a verb, as wide as the terminal."""
+    """Return the help of a verb, wrapped to the width of the terminal."""
     described = VERBS[verb]
     examples = (described.example, *described.more)
     lines = [
@@ -170,8 +170,8 @@ def help_of(verb: str) -> str:
     for group in GROUPS_OF[verb]:
         lines += ["", TITLES[group], *_listed(settings(group))]
     end = (
-        "--trainer.* are Lightning's, such as --trainer.devices, --trainer.precision and --trainer.strategy: "
-        "--help_trainer lists them. A YAML file has the same names: 'data: {limit: 10}' is --data.limit 10."
+        "--trainer.* are Lightning's, such as --trainer.devices, --trainer.precision and --trainer.strategy; "
+        "--help_trainer lists them. YAML files use the same names: 'data: {limit: 10}' is --data.limit 10."
     )
     return "\n".join([*lines, "", *_wrap(end, 0)])
 

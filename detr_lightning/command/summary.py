@@ -15,23 +15,23 @@ from detr_lightning.store.store import EmbeddingStore
 from detr_lightning.store.summary import summary
 
 SHOWN = 12
-"""The most categories that are named."""
+"""The maximum number of categories listed."""
 
 READ = 1000
-"""The most images that are read for the categories."""
+"""The maximum number of images read to count the categories."""
 
 WIDTH = 24
 """The length of the longest bar."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the folder, and the threshold of the objects that are counted."""
+    """Add the folder and the score threshold."""
     parser.add_argument("folder", help="the output folder of an extraction")
     parser.add_argument("--threshold", type=float, default=0.7, help="the lowest score of an object; default: 0.7")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the folder's content, and how often each category was detected."""
+    """Print the folder's contents, and the number of detected objects per category."""
     out = Console()
     out.print(summary(options.folder))
     store = EmbeddingStore(options.folder, partial=True)

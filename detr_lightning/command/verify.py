@@ -1,4 +1,4 @@
-"""`detr-lightning verify`: read every file of a folder again and list the problems."""
+"""`detr-lightning verify`: check every file of a folder and list the problems."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SHOWN = 50
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the folder and the number of workers."""
     parser.add_argument("folder", help="the output folder of an extraction")
-    parser.add_argument("--workers", type=int, help="files checked at once; default: one per processor")
+    parser.add_argument("--workers", type=int, help="files checked at the same time; default: one per core")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the problems to stderr; return 1 if there are any."""
     problems = verify(options.folder, options.workers)
     if not problems:
-        print(f"{count(len(EmbeddingStore(options.folder)), 'image')}, every file whole and right.")
+        print(f"{count(len(EmbeddingStore(options.folder)), 'image')}; every file is complete and correct.")
         return 0
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     for problem in problems[:SHOWN]:

@@ -1,4 +1,4 @@
-"""The words of a command line of `predict` or `validate`, checked before Lightning is imported."""
+"""Checks of the command line of `predict` and `validate`, before Lightning is imported."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from detr_lightning import shipped
 from detr_lightning.command.settings import GROUPS, LINKS, names, trainer_names
 from detr_lightning.errors import SettingError, did_you_mean
 
-LIGHTNINGS = ("trainer", "seed_everything", "print_config")
+LIGHTNING_KEYS = ("trainer", "seed_everything", "print_config")
 """Top-level keys that Lightning checks."""
 
 
 def checked_words(verb: str, words: Sequence[str]) -> list[str]:
-    """Return the words after the verb as Lightning's parser takes them.
+    """Check the arguments after the verb, and return them in the form that Lightning's parser expects.
 
-    Configs come first, so that flags override them wherever they stand, and each by its path. A flag `--extract_type`
-    sets the `model.keys` of a config aside.
+    Configs come first, as paths, so that flags override them in any order. `--extract_type`, or the `extract_type` of a
+    later config, overrides the `model.keys` of a config.
 
     Raises:
-        SettingError: A setting is misspelt, missing or in the wrong place, or a config cannot be used.
+        SettingError: A setting is misspelled, missing or in the wrong place, or a config cannot be used.
     """
     configs: list[str] = []
     flags: list[str] = []
-    chosen: list[str] = []  # which of extract_type and model.keys each source sets, the later ones last
+    chosen: list[str] = []  # extract_type or model.keys, for each config that sets one, in order
     images_named = False
     rest = iter(words)
     for word in rest:
@@ -53,7 +53,7 @@ def checked_words(verb: str, words: Sequence[str]) -> list[str]:
     if not (images_named or given & {"--data", "--data.image_dir", "--print_config"}):
         raise SettingError(
             f"data.image_dir is required: the folder with the images, as in detr-lightning {verb} --data.image_dir "
-            f"photos. Without images of your own: detr-lightning {verb} --config demo"
+            f"photos. To try it without your own images: detr-lightning {verb} --config demo"
         )
     if "model.keys" in chosen and (by_flag == {"--extract_type"} or (not by_flag and chosen[-1] == "extract_type")):
         flags.append("--model.keys=null")
@@ -61,13 +61,13 @@ def checked_words(verb: str, words: Sequence[str]) -> list[str]:
 
 
 def _read_config(verb: str, path: Path) -> dict[str, Any]:
-    """Return the settings of a file, whose names are checked."""
+    """Return the settings in a config, after checking their names."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise SettingError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise SettingError(f"{path} holds no settings. Expected keys such as 'data:' or 'output_dir:'.")
+        raise SettingError(f"{path} contains no settings. Expected keys such as 'data:' or 'output_dir:'.")
     for key, value in content.items():
         if key not in (*GROUPS, "trainer"):
             _check_name(verb, str(key), f"{path}: ")
@@ -75,7 +75,7 @@ def _read_config(verb: str, path: Path) -> dict[str, Any]:
             if value is not None and not isinstance(value, dict):
                 first = {"data": "image_dir", "model": "weights", "writer": "dtype", "trainer": "devices"}[key]
                 raise SettingError(
-                    f"{path}: {key} is {value!r}, but holds settings of its own, as in '{key}: {{{first}: {value}}}'."
+                    f"{path}: {key} is {value!r}, but it is a group of settings, as in '{key}: {{{first}: {value}}}'."
                 )
             for name in value or ():
                 _check_name(verb, f"{key}.{name}", f"{path}: ")
@@ -83,7 +83,7 @@ def _read_config(verb: str, path: Path) -> dict[str, Any]:
 
 
 def _tensor_settings(content: Mapping[str, Any], path: Path) -> list[str]:
-    """Return which of the settings that choose the tensors a config has, `extract_type` or `model.keys`."""
+    """Return the name of the setting in a config that chooses the tensors, in a list of at most one."""
     model = content.get("model") or {}
     chosen = [*(["extract_type"] * ("extract_type" in content)), *(["model.keys"] * (model.get("keys") is not None))]
     if len(chosen) == 2:
@@ -92,11 +92,11 @@ def _tensor_settings(content: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _check_name(verb: str, name: str, where: str, flag: bool = False) -> None:
-    """Refuse a setting that does not exist, or that only the other verb has."""
+    """Raise SettingError for a setting that does not exist, and for a flag that only the other verb has."""
     for source, target in LINKS.items():
         if name == target:
             raise SettingError(f"{where}{target} is set by its top-level key: use {source} (--{source}) instead.")
-    if name in names(verb) or name in (*GROUPS, *LIGHTNINGS):
+    if name in names(verb) or name in (*GROUPS, *LIGHTNING_KEYS):
         return
     group, _, rest = name.partition(".")
     if group == "trainer" and (not trainer_names() or f"trainer.{rest.partition('.')[0]}" in trainer_names()):
@@ -114,7 +114,7 @@ def _check_name(verb: str, name: str, where: str, flag: bool = False) -> None:
 
 
 def _nearest(name: str, allowed: Iterable[str]) -> str:
-    # A name whose group is missing is near to the one that has it.
+    # `limit` without its group also suggests `data.limit`.
     by_last = {setting.rpartition(".")[2]: setting for setting in allowed}
     near = difflib.get_close_matches(name, by_last, n=1)
     return did_you_mean(name, allowed) or (f" Did you mean {by_last[near[0]]!r}?" if near else "")

@@ -1,4 +1,4 @@
-"""A small trained DETR and pictures that it understands, to try everything without a download."""
+"""A small trained DETR and pictures for it, to try everything without a download."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def demo(images: int | None = None, seed: int = 7) -> dict[str, Any]:
     """Return settings for `extract`: the demo's pictures, annotations and weights, and a temporary output folder.
 
     Args:
-        images: How many new pictures to draw. By default, the 24 that come with the package.
-        seed: Which pictures to draw. Seeds 0, 1 and 2 drew the training set, the held-out set and the 24.
+        images: The number of new pictures to draw; by default, the 24 that come with the package are used.
+        seed: The seed of the new pictures. Seeds 0, 1 and 2 gave the training set, the held-out set and the 24.
 
     Returns:
-        Keyword arguments: `store = extract(**demo())`. Drawn pictures and embeddings are removed when Python ends.
+        Keyword arguments: `store = extract(**demo())`. Drawn pictures and embeddings are removed when Python exits.
     """
     from detr_lightning.demo.pictures import ANNOTATION_FILE, write_dataset
 

@@ -2,7 +2,7 @@
 
     python -m detr_lightning.demo.pictures assets/demo --images 24 --seed 2
 
-writes `images/*.jpg` and `instances_demo.json`. Every picture depends on the seed and its own number alone. The same
+writes `images/*.jpg` and `instances_demo.json`. Every picture depends only on the seed and its number. The same
 versions of numpy and Pillow give the same bytes; others may round differently.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 CATEGORIES = {1: "circle", 3: "square", 7: "triangle", 8: "star", 10: "ring", 13: "cross"}
-"""Sparse ids, as COCO's are."""
+"""Sparse ids, like COCO's."""
 SIZES = ((192, 144), (144, 192), (160, 160), (256, 192))
 """Width and height of the pictures."""
 SUPERSAMPLING = 3
@@ -81,16 +81,16 @@ def background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     return pixels
 
 
-def contrasting(rng: np.random.Generator, colour: np.ndarray) -> np.ndarray:
-    """Return a random colour that stands out from another."""
+def contrasting(rng: np.random.Generator, color: np.ndarray) -> np.ndarray:
+    """Return a random color that contrasts with another."""
     while True:
         candidate = rng.uniform(0, 255, 3)
-        if np.linalg.norm(candidate - colour) > 110:
+        if np.linalg.norm(candidate - color) > 110:
             return np.asarray(candidate)
 
 
 def polygon_mask(polygons: list[np.ndarray], width: int, height: int, scale: int = 1) -> Image.Image:
-    """Fill polygons, 255 inside, in a greyscale picture; `scale` draws them larger first, for soft edges."""
+    """Draw filled polygons as a grayscale mask, 255 inside; `scale` is the supersampling factor, for soft edges."""
     mask = Image.new("L", (width * scale, height * scale))
     draw = ImageDraw.Draw(mask)
     for polygon in polygons:
@@ -105,7 +105,7 @@ def run_lengths(mask: np.ndarray) -> list[int]:
 
 
 def annotate(category_id: int, polygons: list[np.ndarray], width: int, height: int) -> dict[str, Any]:
-    """Return COCO's annotation of one object, or of a crowd if there are several polygons."""
+    """Return the COCO annotation of one object, or of a crowd if there are several polygons."""
     points = np.concatenate(polygons)
     (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
     annotation: dict[str, Any] = {"category_id": category_id, "iscrowd": int(len(polygons) > 1)}
@@ -126,12 +126,12 @@ def annotate(category_id: int, polygons: list[np.ndarray], width: int, height: i
 def place(
     rng: np.random.Generator, radius: float, taken: list[tuple[float, ...]], width: int, height: int
 ) -> np.ndarray | None:
-    """Return a centre where a circle of this radius fits without touching another shape, or None after 30 tries."""
+    """Return a center where a circle of this radius touches no other, and add it to `taken`; None after 30 tries."""
     for _ in range(30):
-        centre = rng.uniform((radius + 1, radius + 1), (width - radius - 1, height - radius - 1))
-        if all(math.dist(centre, other[:2]) > radius + other[2] for other in taken):
-            taken.append((*centre.tolist(), radius))
-            return centre
+        center = rng.uniform((radius + 1, radius + 1), (width - radius - 1, height - radius - 1))
+        if all(math.dist(center, other[:2]) > radius + other[2] for other in taken):
+            taken.append((*center.tolist(), radius))
+            return center
     return None
 
 
@@ -150,21 +150,21 @@ def draw_picture(seed: int, number: int) -> Picture:
         category_id = int(rng.choice(list(CATEGORIES)))
         is_crowd = crowd and index == 0
         radius = unit * float(rng.uniform(0.18, 0.25) if is_crowd else rng.uniform(0.1, 0.27))
-        centre = place(rng, radius, taken, width, height)
-        if centre is None:
+        center = place(rng, radius, taken, width, height)
+        if center is None:
             continue
         angle = rng.uniform(-0.35, 0.35)
         turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
         shape = outline(category_id) @ turn
-        polygons = [centre + radius * shape]
-        if is_crowd:  # many tiny ones in the place of one
+        polygons = [center + radius * shape]
+        if is_crowd:  # many tiny shapes instead of one
             cells = [(x, y) for x in (-0.6, 0.0, 0.6) for y in (-0.6, 0.0, 0.6)]
             jitter = rng.uniform(-0.06, 0.06, (len(cells), 2))
-            polygons = [centre + radius * (offset + 0.2 * shape) for offset in np.array(cells) + jitter]
-        colour = contrasting(rng, pixels[int(centre[1]), int(centre[0])])
+            polygons = [center + radius * (offset + 0.2 * shape) for offset in np.array(cells) + jitter]
+        color = contrasting(rng, pixels[int(center[1]), int(center[0])])
         shade = rng.normal(0, 20, 3) * np.linspace(-1, 1, height)[:, None, None]
         alpha = np.asarray(polygon_mask(polygons, width, height, SUPERSAMPLING), dtype=np.float32)[..., None] / 255
-        pixels = pixels + alpha * (colour + shade - pixels)
+        pixels = pixels + alpha * (color + shade - pixels)
         annotations.append(annotate(category_id, polygons, width, height))
 
     buffer = io.BytesIO()

@@ -107,7 +107,7 @@ def test_what_is_refused_before_anything_is_made(
 ) -> None:
     monkeypatch.setattr(explore, "require_atlas", lambda: None)
     assert main(["explore", str(store.folder), "--image_dir", str(tmp_path / "none")]) == 1
-    assert "which is no folder" in capsys.readouterr().err
+    assert "which is not a folder" in capsys.readouterr().err
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["explore", str(store.folder), "--port", str(port)]) == 1
@@ -128,7 +128,7 @@ def test_a_lance_table_has_thumbnails_too(
     monkeypatch.setattr(explore, "require_atlas", lambda: None)
     monkeypatch.setattr(explore, "export", lambda prepared, pictures, folder: exported.append(prepared))
     assert main(["explore", str(tmp_path / "table"), "--export", str(tmp_path / "page")]) == 0
-    assert "Without thumbnails" not in capsys.readouterr().out
+    assert "No thumbnails" not in capsys.readouterr().out
     assert exported == [tmp_path / "table.objects.explore.parquet"]
     explore.prepare(store, write_objects(store, tmp_path / "objects.parquet"), tmp_path / "of_files.parquet")
     assert parquet.read_table(exported[0]).equals(parquet.read_table(tmp_path / "of_files.parquet"))
@@ -140,7 +140,7 @@ def test_a_page_is_exported(tmp_path: Path, capsys: Capture) -> None:
     edit_metadata(store.folder, config=None)  # type: ignore[arg-type]
     page = tmp_path / "page"
     assert main(["explore", str(store.folder), "--export", str(page)]) == 0
-    assert "Without thumbnails" in capsys.readouterr().out
+    assert "No thumbnails" in capsys.readouterr().out
     assert (page / "index.html").is_file()
     assert json.loads((page / "data" / "metadata.json").read_text())["isStatic"]
     read = parquet.read_table(page / "data" / "dataset.parquet").to_pandas()

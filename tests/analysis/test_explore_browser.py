@@ -114,7 +114,7 @@ def test_a_static_page(store: EmbeddingStore, tmp_path: Path, thumbnails: bool) 
         if moved.exists():
             moved.rename(images)
     assert done.returncode == 0, done.stderr
-    assert ("Without thumbnails" in done.stdout) != thumbnails
+    assert ("No thumbnails" in done.stdout) != thumbnails
     handler = functools.partial(_Quiet, directory=tmp_path / "page")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -73,7 +73,7 @@ def test_evaluate(store: EmbeddingStore, annotations: Path, tmp_path: Path, caps
     assert "1.000" in out
     edit_metadata(store.folder, failed=[{"id": 3, "file_name": "a.jpg", "reason": "broken"}])
     assert main(argv) == 0
-    assert "Without 1 image that could not be read" in capsys.readouterr().out
+    assert "Not included: 1 image that could not be read" in capsys.readouterr().out
 
 
 def test_evaluate_refuses_what_cannot_give_it(

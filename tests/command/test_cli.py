@@ -141,7 +141,7 @@ def test_settings_that_are_missing_or_in_the_wrong_place(run_cli: RunCLI, tmp_pa
         said = run_cli("predict", *words).err
         assert "data.image_dir is required" in said
         assert "--config demo" in said
-    assert "The verb comes first, settings such as --config after it" in run_cli("--config", config, "predict").err
+    assert "The verb comes first, then settings such as --config" in run_cli("--config", config, "predict").err
     assert "output_dir is empty" in run_cli("predict", "--data.image_dir", tmp_path, "--output_dir", "").err
 
 

@@ -100,7 +100,7 @@ def test_validate_takes_no_flags_that_it_would_ignore(flag: str) -> None:
         ("extract_type: all\nmodel: {keys: [pred_boxes]}", "both choose the tensors"),
         ("trainer: {gpus: 1}", "There is no setting trainer.gpus"),
         ("limit: 2", "Did you mean 'data.limit'?"),
-        ("data: {limit: 2", "is not YAML"),
+        ("data: {limit: 2", "is not valid YAML"),
     ],
 )
 def test_errors_in_a_config_name_the_file(content: str, said: str, tmp_path: Path) -> None:

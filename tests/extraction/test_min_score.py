@@ -186,7 +186,7 @@ def test_logits_need_not_be_stored_and_the_setting_is_part_of_the_run(
     [
         (("--writer.min_score", "1.5"), "writer.min_score is 1.5; a score is a probability, from 0 to 1"),
         (("--writer.min_score", "nan"), "writer.min_score is 'nan', but must be one of: float, null"),
-        (("--model.keys", "[query_index]"), "model.keys is 'query_index', which is none of"),
+        (("--model.keys", "[query_index]"), "model.keys is 'query_index', which is not one of"),
     ],
 )
 def test_bad_settings(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, args: tuple[str, ...], message: str) -> None:

@@ -12,6 +12,6 @@ WITHOUT = "import torch._inductor.config as config; config.cpp.cxx = ('no-such-c
 def test_compiling_without_a_compiler_says_so(job: Job) -> None:
     run = job.start("--model.compile", "true", patch=WITHOUT)
     assert run.wait() == 1
-    assert "model.compile needs a C++ compiler that works" in message(run.err)
+    assert "model.compile needs a working C++ compiler" in message(run.err)
     assert job.unfinished
     job.finish()

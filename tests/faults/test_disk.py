@@ -178,7 +178,7 @@ def test_a_data_worker_that_is_killed(job: Job) -> None:
     os.kill(worker, signal.SIGKILL)
     assert run.wait(60) == 1
     text = message(run.err)
-    assert "A process that reads images ended" in text
+    assert "A data worker ended unexpectedly" in text
     assert "data.num_workers" in text
     assert job.unfinished
     job.finish()

@@ -150,7 +150,7 @@ def test_the_command_says_what_is_wrong_and_exits_with_1(
     store: EmbeddingStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(store.folder)]) == 0
-    assert "4 images, every file whole and right." in capsys.readouterr().out
+    assert "4 images; every file is complete and correct." in capsys.readouterr().out
     store.path(17).unlink()
     assert main(["verify", str(store.folder), "--workers", "2"]) == 1
     assert "embedding_000000000017.pt: missing.\n1 problem." in capsys.readouterr().err
