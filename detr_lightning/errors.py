@@ -9,6 +9,10 @@ SHOWN = 10
 """The maximum number of skipped images that a message names; metadata.json lists all of them."""
 
 
+KEPT = "What is finished is kept: run the same command again to go on."
+"""The end of an interrupted run's message."""
+
+
 class DETRLightningError(Exception):
     """The base class of all errors raised on purpose. The command prints their message, without a traceback."""
 

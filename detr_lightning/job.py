@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from detr_lightning.data.datamodule import COCODataModule
-from detr_lightning.errors import IncompleteError, SettingError, count
+from detr_lightning.errors import KEPT, IncompleteError, SettingError, count
 from detr_lightning.extraction.planned import PlannedRun
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
@@ -102,9 +102,6 @@ class Job:
         if not self.complete and self.writer.metadata is None:
             raise IncompleteError(f"The run ended before all images were written to {self.writer.output_dir}. {KEPT}")
         return self.writer.metadata
-
-
-KEPT = "What is finished is kept: run the same command again to go on."
 
 
 class _Met(Callback):

@@ -37,12 +37,12 @@ def objects_table(
     """
     if path is not None and Path(path).expanduser().exists():
         path = Path(path).expanduser()
-        recorded = source_of(path)
+        recorded, expected = source_of(path), describe(store)
         for name in ("folder", "model_sha256"):
-            if recorded.get(name) != describe(store)[name]:
+            if recorded.get(name) != expected[name]:
                 raise InputError(
                     f"{path} belongs to another extraction: its {name} is {recorded.get(name)}, that of "
-                    f"{store.name} is {describe(store)[name]}. `detr-lightning objects` writes a table of this one."
+                    f"{store.name} is {expected[name]}. `detr-lightning objects` writes a table of this one."
                 )
         return path
     if path is None:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from detr_lightning.analysis.objects import CORNERS, objects
-from detr_lightning.analysis.overlap import Annotated, assign
+from detr_lightning.analysis.overlap import Annotated, assign, check_iou
 from detr_lightning.analysis.vectors import embeddings_of, linear_cka
-from detr_lightning.errors import InputError, SettingError
+from detr_lightning.errors import InputError
 from detr_lightning.store.store import EmbeddingStore
 
 import pandas as pd  # isort: skip  # Below objects, which reports a missing pandas.
@@ -32,8 +32,7 @@ def align(one: pd.DataFrame, other: pd.DataFrame, iou: float = 0.5) -> pd.DataFr
         InputError: The tables share no image.
         SettingError: `iou` is out of range.
     """
-    if not 0 < iou <= 1:
-        raise SettingError(f"iou is {iou}, but must be above 0 and at most 1.")
+    check_iou(iou)
     by_file = other.groupby("file_name").indices
     groups = one.groupby("file_name").indices
     if len(one) and len(other) and not groups.keys() & by_file.keys():

@@ -9,12 +9,11 @@ import numpy as np
 
 from detr_lightning.analysis.annotations import read_annotations
 from detr_lightning.analysis.objects import CORNERS, objects
-from detr_lightning.analysis.overlap import Annotated, area_classes, assign
+from detr_lightning.analysis.overlap import Annotated, area_classes, assign, check_iou
 from detr_lightning.store.store import EmbeddingStore
 
 # Below objects, which reports a missing pandas.
 import pandas as pd  # isort: skip
-from detr_lightning.errors import SettingError
 
 
 class Match(NamedTuple):
@@ -59,8 +58,7 @@ def match(
         InputError: The annotation file is not in COCO's format, or does not match the store's images or categories.
         SettingError: The store lacks a key, or a setting is out of range.
     """
-    if not 0 < iou <= 1:
-        raise SettingError(f"iou is {iou}, but must be above 0 and at most 1.")
+    check_iou(iou)
     content = read_annotations(annotation_file, store)
     if detections is None:
         detections = objects(store, threshold)

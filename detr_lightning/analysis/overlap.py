@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from detr_lightning.errors import SettingError
+
 AREAS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
 """COCO's size classes: each contains areas, in square pixels, below its number."""
 
@@ -78,6 +80,16 @@ def overlaps(boxes: np.ndarray, others: np.ndarray, crowd: np.ndarray | None = N
     if crowd is not None:
         union = np.where(crowd[None], own, union)
     return np.asarray(shared / np.maximum(union, 1e-12))
+
+
+def check_iou(iou: float) -> None:
+    """Check the smallest overlap of a match.
+
+    Raises:
+        SettingError: It is out of range.
+    """
+    if not 0 < iou <= 1:
+        raise SettingError(f"iou is {iou}, but must be above 0 and at most 1.")
 
 
 def assign(

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from detr_lightning.analysis.annotations import COMPARED, read_ground_truth
-from detr_lightning.analysis.overlap import area_classes
+from detr_lightning.analysis.overlap import area_classes, check_iou
 from detr_lightning.errors import SettingError
 from detr_lightning.parallel import track
 from detr_lightning.store.predictions import Predictions
@@ -25,6 +25,17 @@ _BLOCK = 64
 
 Columns = dict[str, np.ndarray]
 """The columns of some rows by name: `[N]`, or `[N, 4]` for `bbox` and `[N, d]` for `embedding`."""
+
+
+def check_layer(layer: int, layers: int) -> int:
+    """Return the number of a decoder layer if the decoder has it; negative numbers count from the last.
+
+    Raises:
+        SettingError: It does not.
+    """
+    if not -layers <= layer < layers:
+        raise SettingError(f"layer is {layer}; the decoder has {layers} layers, 0 to {layers - 1}.")
+    return layer
 
 
 @dataclass
@@ -60,8 +71,7 @@ class ObjectReader:
             raise SettingError(f"threshold is {self.threshold}; a score is a probability, from 0 to 1.")
         if self.key not in (None, "query_embeddings", "decoder_output"):
             raise SettingError(f"key is {self.key!r}, but must be query_embeddings, decoder_output or None.")
-        if not 0 < self.iou <= 1:
-            raise SettingError(f"iou is {self.iou}, but must be above 0 and at most 1.")
+        check_iou(self.iou)
         store, file = self.store, self.annotation_file
         self.predictions = Predictions(store, self.threshold)
         store.require(*([self.key] if self.key else []))
@@ -129,9 +139,7 @@ class ObjectReader:
         tensor = self.store.load(image_id, str(self.key))
         if self.key != "decoder_output":
             return tensor  # [Q, d]
-        if not -len(tensor) <= self.layer < len(tensor):
-            raise SettingError(f"layer is {self.layer}; the decoder has {len(tensor)} layers, 0 to {len(tensor) - 1}.")
-        return tensor[self.layer]
+        return tensor[check_layer(self.layer, len(tensor))]
 
     @cached_property
     def no_rows(self) -> Columns:

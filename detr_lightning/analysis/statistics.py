@@ -124,7 +124,9 @@ def probe(
         raise MissingPackageError("Probes need scikit-learn: pip install 'detr-lightning[analysis]'.") from error
     names, groups = np.asarray(labels), np.asarray(image_ids)
     images, kinds = len(np.unique(groups)), len(np.unique(names))
-    if folds < 2 or images < folds:
+    if folds < 2:
+        raise SettingError(f"folds is {folds}, but must be at least 2: one for testing, the others for training.")
+    if images < folds:
         raise SettingError(f"{images} images cannot be split into {folds} folds. Take more images, or fewer folds.")
     if kinds < 2:
         raise SettingError(

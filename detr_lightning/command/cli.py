@@ -23,12 +23,12 @@ from detr_lightning.command.parser import CommandError, CommandParser
 from detr_lightning.command.settings import LINKS
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.data.files import image_folder
-from detr_lightning.errors import count
+from detr_lightning.errors import KEPT, count
 from detr_lightning.extraction.run import free_bytes
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.files import write_json
-from detr_lightning.job import KEPT, Job, check_trainer, meeting
+from detr_lightning.job import Job, check_trainer, meeting
 from detr_lightning.launch import launched_by_rank_0
 from detr_lightning.progress import ImageProgress
 from detr_lightning.ranks import waits_for_launch

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from detr_lightning.errors import SHOWN, IncompleteError, InputError, count
+from detr_lightning.errors import KEPT, SHOWN, IncompleteError, InputError, count
 from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.identity import RunSettings
 
@@ -116,7 +116,4 @@ def refuse_missing(output_dir: Place, missing: Sequence[int], planned: int, lack
     """
     if missing:
         some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise IncompleteError(
-            f"{len(missing)} of {planned} images have no {lack} in {output_dir}: {some}. "
-            "What is finished is kept: run the same command again to go on."
-        )
+        raise IncompleteError(f"{len(missing)} of {planned} images have no {lack} in {output_dir}: {some}. {KEPT}")

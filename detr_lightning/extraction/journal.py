@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from detr_lightning.errors import KEPT, InputError
 from detr_lightning.extraction.locks import LockedFile, is_locked
 from detr_lightning.format.state import DONE, read_journal
 
@@ -62,7 +63,7 @@ def why_unseen(journal: Path) -> str | None:
     try:
         if is_locked(journal):
             return None
-    except OSError as error:
+    except (OSError, InputError) as error:
         return str(error)
     return f"its lock on {journal} is not visible to rank 0. Choose a file system with locks (flock) across nodes."
 
@@ -78,7 +79,4 @@ def await_done(journals: list[Path]) -> None:
         while is_locked(journal):
             time.sleep(0.2)
         if not any(entry == DONE for entry in read_journal(journal)):
-            raise RuntimeError(
-                f"{journal.stem} ended before it had processed all its images. "
-                "What is finished is kept: run the same command again to go on."
-            )
+            raise RuntimeError(f"{journal.stem} ended before it had processed all its images. {KEPT}")

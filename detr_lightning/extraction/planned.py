@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from detr_lightning.extraction.checks import HashFiles
+from detr_lightning.extraction.checks import (
+    HashFiles,
+    Place,
+    refuse_changed_files,
+    refuse_other_images,
+    refuse_other_settings,
+)
 from detr_lightning.format.entries import ImageEntry, SkippedImage
+from detr_lightning.format.identity import RunSettings
 from detr_lightning.format.keys import FeatureSizes
 from detr_lightning.format.schema import Metadata, RunRecord
 
@@ -50,6 +57,27 @@ class PlannedRun(ABC):
     def pending(self) -> list[ImageEntry]:
         """The planned images that are not finished."""
         return [entry for image_id, entry in self.images.items() if image_id not in self.finished]
+
+    def _check_finished(self, output_dir: Place, earlier: Callable[[], RunSettings]) -> dict[int, ImageEntry]:
+        """Check that the finished images belong to this run.
+
+        Args:
+            output_dir: The output folder or URL, for messages.
+            earlier: Returns the settings they were extracted with.
+
+        Returns:
+            The entries that lacked the sha256 of their image's file, with it.
+
+        Raises:
+            InputError: They were extracted with other settings or from other images, or a file has changed since.
+        """
+        if not self.finished:
+            return {}
+        refuse_other_settings(output_dir, self.finished, earlier, self.record.settings)
+        refuse_other_images(output_dir, self.finished, self.images)
+        if self.hash_files is None:
+            return {}
+        return refuse_changed_files(output_dir, self.finished, self.images, self.hash_files)
 
     @abstractmethod
     def inspect(self) -> None:

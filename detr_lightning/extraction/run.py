@@ -12,14 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from detr_lightning.extraction.checks import (
-    HashFiles,
-    refuse_changed_files,
-    refuse_missing,
-    refuse_other_images,
-    refuse_other_settings,
-    refuse_used,
-)
+from detr_lightning.extraction.checks import HashFiles, refuse_missing, refuse_used
 from detr_lightning.extraction.journal import Journal, await_done, why_unseen
 from detr_lightning.extraction.locks import LockedFile, lock_folder, remove_state, sweep
 from detr_lightning.extraction.planned import PlannedRun
@@ -86,13 +79,8 @@ class ExtractionRun(PlannedRun):
             return
         entries = track(previous.finished.items(), len(previous.finished), "Checking files")
         self.finished = WholeFiles().among(folder, entries)
-        hashed: dict[int, ImageEntry] = {}
-        if self.finished:
-            refuse_other_settings(folder, self.finished, lambda: previous.settings, self.record.settings)
-            refuse_other_images(folder, self.finished, self.images)
-            if self.hash_files is not None:
-                hashed = refuse_changed_files(folder, self.finished, self.images, self.hash_files)
-                self.finished |= hashed
+        hashed = self._check_finished(folder, lambda: previous.settings)
+        self.finished |= hashed
         self.complete = (
             (folder / METADATA).exists()
             and not (folder / STATE / RUN).exists()

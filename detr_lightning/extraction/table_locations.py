@@ -14,6 +14,7 @@ from pathlib import Path
 from detr_lightning.errors import InputError
 from detr_lightning.extraction.journal import Journal, await_done, why_unseen
 from detr_lightning.extraction.locks import LockedFile, lock_folder, remove_state, sweep
+from detr_lightning.extraction.previous import check_folder
 from detr_lightning.format import object_store
 from detr_lightning.format.files import fsync_folder, to_json_bytes, write_json
 from detr_lightning.format.names import METADATA, STATE, is_url
@@ -120,8 +121,7 @@ class FolderLocation(TableLocation):
 
     def refuse_files(self) -> None:
         """Refuse a file, or a folder that contains an extraction with one file per image."""
-        if self._folder.exists() and not self._folder.is_dir():
-            raise NotADirectoryError(f"output_dir {self._folder} is a file. Choose a folder, or remove the file.")
+        check_folder(self._folder)
         super().refuse_files()
 
     def is_used(self) -> bool:

@@ -14,14 +14,7 @@ from datetime import datetime, timedelta, timezone
 
 from torch import Tensor
 
-from detr_lightning.extraction.checks import (
-    HashFiles,
-    refuse_changed_files,
-    refuse_missing,
-    refuse_other_images,
-    refuse_other_settings,
-    refuse_used,
-)
+from detr_lightning.extraction.checks import HashFiles, refuse_missing, refuse_used
 from detr_lightning.extraction.planned import PlannedRun
 from detr_lightning.extraction.previous_table import PreviousTable
 from detr_lightning.extraction.row_writer import BUFFER, RowWriter
@@ -103,12 +96,8 @@ class TableRun(PlannedRun):
                 self.finished[entry.image_id] = entry
             else:
                 failed.add(entry.image_id)
-        if self.finished:
-            refuse_other_settings(self.output_dir, self.finished, lambda: found.record.settings, self.record.settings)
-            refuse_other_images(self.output_dir, self.finished, self.images)
-            if self.hash_files is not None:
-                self._hashed = refuse_changed_files(self.output_dir, self.finished, self.images, self.hash_files)
-                self.finished |= self._hashed
+        self._hashed = self._check_finished(self.output_dir, lambda: found.record.settings)
+        self.finished |= self._hashed
         self.complete = (
             self._location.has_metadata() and not self.pending and not self._hashed and self.failures.keys() <= failed
         )
@@ -121,14 +110,14 @@ class TableRun(PlannedRun):
             OSError: The table cannot be written.
         """
         self._location.take()
-        found = None if object_store.exists(self.output_dir) else self._create()
-        if found is None:
-            found = Table(self.output_dir)
-            if self.if_exists == "overwrite":
-                found.empty(self._schema)
-            elif found.version != self._previous.version:
-                self.inspect()  # Another run has begun since.
+        new = self._create()
+        found = new or Table(self.output_dir)
+        overwrite = self.if_exists == "overwrite"
+        if not new and not overwrite and found.version != self._previous.version:
+            self.inspect()  # Another run has begun since.
         self._location.remove_metadata()
+        if overwrite:
+            found.empty(self._schema)
         tried_again = self.images.keys() | self.failures.keys()
         found.delete([row for entry, row in found.entries(skipped=True) if entry.image_id in tried_again])
         found.record_hashes({image_id: str(entry.image_sha256) for image_id, entry in self._hashed.items()})
@@ -138,11 +127,13 @@ class TableRun(PlannedRun):
         found.configure({_RUN + self.token: begun, PLANNED: str(num_planned)})
 
     def _create(self) -> Table | None:
-        """Return a new table, or None if another run created it first."""
+        """Create the table, and return it; return None if there is one already."""
+        if object_store.exists(self.output_dir):
+            return None
         try:
             return Table.create(self.output_dir, self._schema)
         except OSError:
-            if object_store.exists(self.output_dir):
+            if object_store.exists(self.output_dir):  # Another run created it first.
                 return None
             raise
 

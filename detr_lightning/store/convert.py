@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,12 +15,15 @@ from detr_lightning.errors import SettingError
 from detr_lightning.format.entries import ImageEntry
 from detr_lightning.format.files import fsync_folder, save_tensors, to_json_bytes, write_json
 from detr_lightning.format.keys import FeatureSizes
-from detr_lightning.format.names import METADATA, is_url
+from detr_lightning.format.names import METADATA, TABLE, TEMPORARY, image_id_of, is_url
 from detr_lightning.format.schema import LANCE, Metadata
 from detr_lightning.parallel import track
 from detr_lightning.store.store import EmbeddingStore
 
 _BYTES_AT_ONCE = 64 * 2**20
+
+_UNFINISHED = ".conversion"
+"""The file that marks a folder whose conversion has not finished: all else in it is the conversion's."""
 
 
 def convert(
@@ -30,7 +34,7 @@ def convert(
     Args:
         source: A finished extraction.
         target: A folder that is empty or does not exist yet; for a table also a URL. A failed conversion leaves the
-            folder as it was.
+            folder as it was; one that was killed is started again by the same call.
         progress: Show a progress bar; by default for more than 1000 images or after two seconds.
 
     Returns:
@@ -50,26 +54,50 @@ def convert(
     if to_files and is_url(target):
         raise SettingError(f"{target} is a URL, but one file per image needs a folder. Name a folder to convert into.")
     folder = None if is_url(target) else Path(target).expanduser()
-    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is a file or not empty. Name a folder that is empty or does not exist yet.")
-    existed = folder is not None and folder.exists()
     images = track(_images(store), len(store), "Converting", progress)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with contextlib.nullcontext() if folder is None else _claimed(folder):
         if to_files:
             assert folder is not None
             _write_files(store, folder, images)
         else:
             _write_table(store, target if folder is None else str(folder), images)
-    except BaseException:
-        if folder is not None:
-            for path in folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if not existed:
-                folder.rmdir()
-        raise
     return EmbeddingStore(target)
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Mark a folder as ours until it is converted into. What an error leaves behind is removed.
+
+    Raises:
+        FileExistsError: It is a file, or contains something that no conversion wrote.
+        OSError: It cannot be created.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    mark = folder / _UNFINISHED
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not mark.exists())):
+        raise FileExistsError(f"{folder} is a file or not empty. Name a folder that is empty or does not exist yet.")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    try:
+        _clear(folder)
+        yield
+        mark.unlink()
+    except BaseException:
+        _clear(folder)
+        mark.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # A folder is not empty: somebody else is using it.
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a conversion wrote."""
+    for path in folder.iterdir():
+        if path.name == TABLE:
+            shutil.rmtree(path)
+        elif path.name == METADATA or image_id_of(path.name) is not None or path.match(TEMPORARY):
+            path.unlink()
 
 
 def _images(store: EmbeddingStore) -> Iterator[tuple[ImageEntry, dict[str, Tensor]]]:
@@ -95,7 +123,8 @@ def _write_table(store: EmbeddingStore, target: str, images: Iterator[tuple[Imag
         raise FileExistsError(f"{target} already has a table. Name another target.")
     run, failed = store.metadata_file.run, store.metadata_file.failed()
     features = next((store.entry(image_id).features for image_id in store), None) or FeatureSizes.single((1, 1))
-    made = table.Table.create(target, columns.table_schema(run, features))
+    schema = columns.table_schema(run, features)
+    fragments: list[object] = []
     entries: list[ImageEntry] = []
     rows: list[columns.Row] = [(skipped, {}) for skipped in failed]
     size = 0
@@ -104,10 +133,12 @@ def _write_table(store: EmbeddingStore, target: str, images: Iterator[tuple[Imag
         rows.append((entry, tensors))
         size += sum(tensor.nbytes for tensor in tensors.values())
         if size >= _BYTES_AT_ONCE:
-            made.append(table.write_rows(target, made.schema, rows))
+            fragments += table.write_rows(target, schema, rows)
             rows, size = [], 0
     if rows:
-        made.append(table.write_rows(target, made.schema, rows))
+        fragments += table.write_rows(target, schema, rows)
+    made = table.Table.create(target, schema)  # Last, so that a conversion that fails leaves no table at a URL.
+    made.append(fragments)
     made.optimise(_BYTES_AT_ONCE)
     made.remove_old_versions()
     content = Metadata(run=run, images=entries, failed=failed, layout=LANCE).to_json()

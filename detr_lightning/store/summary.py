@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 from rich.console import Group
@@ -10,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from detr_lightning.errors import InputError
-from detr_lightning.format.keys import SPATIAL
+from detr_lightning.format.entries import ImageEntry
+from detr_lightning.format.keys import AXES, SPATIAL
 from detr_lightning.store.store import EmbeddingStore
 
 
@@ -49,12 +51,18 @@ def summary(folder: str | os.PathLike[str]) -> Group:
     keys = Table("key", "shape", "dtype", "all images")
     keys.columns[3].justify = "right"
     if entries:
-        places = [entry.features.places if entry.features else 1 for entry in entries]
-        for key, tensor in store[entries[0].image_id].items():
-            spatial = key in SPATIAL
-            varies = spatial and len({entry.features for entry in entries}) > 1
-            share = sum(places) / places[0] if spatial else len(entries)
-            shape = f"{list(tensor.shape)}{', varies' if varies else ''}"
+        sample = max(entries, key=lambda entry: entry.num_queries or 0)
+        for key, tensor in store[sample.image_id].items():
+            cells = [_cells(key, entry) for entry in entries]
+            shape = f"{list(tensor.shape)}{', varies' if len(set(cells)) > 1 else ''}"
             dtype = str(tensor.dtype).removeprefix("torch.")
+            share = sum(map(math.prod, cells)) / max(1, math.prod(_cells(key, sample)))
             keys.add_row(key, escape(shape), dtype, decimal(int(tensor.nbytes * share)))
     return Group(facts, keys)
+
+
+def _cells(key: str, entry: ImageEntry) -> tuple[int, int]:
+    """Return the sizes of a tensor that differ between images: its places and its queries, 1 where it has none."""
+    places = entry.features.places if entry.features and key in SPATIAL else 1
+    queries = entry.num_queries if "queries" in AXES.get(key, ()) else None
+    return places, 1 if queries is None else queries

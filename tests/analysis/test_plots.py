@@ -102,6 +102,8 @@ def test_attention_of_the_likeliest_or_of_chosen_queries(store: EmbeddingStore, 
     assert [axes.axison for axes in figure.axes] == [False] * 9
     with pytest.raises(ValueError, match="no query 10; image 7 has 0 to 9"):
         plots.attention(store, 7, query=10)
+    with pytest.raises(ValueError, match="layer is 3; the decoder has 3 layers, 0 to 2"):
+        plots.attention(store, 7, layer=3)
 
 
 def test_neighbours_are_the_most_similar_of_other_images(store: EmbeddingStore, tmp_path: Path) -> None:

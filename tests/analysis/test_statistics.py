@@ -87,6 +87,8 @@ def test_probes_that_cannot_be() -> None:
     features = {"a": np.zeros((6, 2))}
     with pytest.raises(ValueError, match="3 images cannot be split into 5 folds"):
         probe(features, [0, 1] * 3, [1, 1, 2, 2, 3, 3])
+    with pytest.raises(ValueError, match="folds is 1, but must be at least 2"):
+        probe(features, [0, 1] * 3, [1, 1, 2, 2, 3, 3], folds=1)
     with pytest.raises(ValueError, match="but has 1"):
         probe(features, [0] * 6, range(6))
     with pytest.raises(ValueError, match="a has 6 rows, for 5 labels"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from coco_factory import Coco
 from ran import RunCLI
+from rich.filesize import decimal
 
 from detr_lightning.analysis.evaluation import evaluate_store
 from detr_lightning.analysis.features import object_features
@@ -19,6 +20,7 @@ from detr_lightning.errors import InputError, SettingError
 from detr_lightning.format import files
 from detr_lightning.format.keys import AXES, KEYS
 from detr_lightning.store import EmbeddingStore
+from detr_lightning.store.__main__ import main
 from detr_lightning.store.export import export
 from detr_lightning.store.verify import verify
 
@@ -194,3 +196,15 @@ def test_bad_settings(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path, args: 
     assert ran.code == 1
     assert message in ran.err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_summary_counts_the_kept_queries(
+    stores: tuple[EmbeddingStore, EmbeddingStore, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their number differs between images, so the first image's bytes say nothing about all."""
+    _, kept, _ = stores
+    assert main(["summary", str(kept.folder)]) == 0
+    rows = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines()]
+    shown = {row[0].strip(): row[-1].strip() for row in rows if row[0].strip() in kept.embedding_keys}
+    bytes_of = {key: sum(kept[image_id][key].nbytes for image_id in kept) for key in kept.embedding_keys}
+    assert shown == {key: decimal(number) for key, number in bytes_of.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -244,3 +245,24 @@ def test_a_resume_reads_the_entries_once(
     assert ran.code == 0
     assert "8 images. Nothing to do." in ran.err
     assert len(read) == 1
+
+
+def test_an_overwrite_that_dies_leaves_no_finished_extraction(
+    run_cli: RunCLI, images: Coco, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its rows the table is unfinished, whatever the metadata said before."""
+    command = ("predict", *images.data, *TO_TABLE, "--output_dir", tmp_path)
+    assert run_cli(*command).code == 0
+
+    def empty(table: Table, schema: Any) -> None:
+        original(table, schema)
+        raise OSError("killed")
+
+    original = Table.empty
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "empty", empty)
+        assert run_cli(*command, "--writer.if_exists", "overwrite").code == 1
+    with pytest.raises(FileNotFoundError, match="unfinished"):
+        EmbeddingStore(tmp_path)
+    assert run_cli(*command).code == 0
+    assert len(EmbeddingStore(tmp_path)) == 8

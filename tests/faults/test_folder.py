@@ -394,3 +394,8 @@ def test_a_later_chdir_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert store[1]["query_embeddings"].tolist() == [[1.0, 1.0, 1.0]]
     assert dataset[0][0].tolist() == [[1.0, 1.0, 1.0]]
     assert writer.output_dir == tmp_path / "out"
+
+
+def test_a_journal_that_is_a_link_is_a_reason_and_no_error(tmp_path: Path) -> None:
+    (tmp_path / "rank-1.jsonl").symlink_to(tmp_path / "elsewhere")
+    assert "link" in str(journal.why_unseen(tmp_path / "rank-1.jsonl"))

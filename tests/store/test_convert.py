@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from object_store import Bucket
 from store_factory import edit_metadata
 
 from detr_lightning import EmbeddingStore
@@ -60,6 +63,43 @@ def test_a_damaged_source_is_named_and_leaves_nothing(store: EmbeddingStore, tmp
         convert(store.folder, target)
     assert target.exists() == existed
     assert not existed or not list(target.iterdir())
+    with pytest.raises(ValueError, match=path.name):
+        convert(store.folder, tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("to_files", [False, True], ids=["to a table", "to files"])
+def test_a_killed_conversion_starts_again(store: EmbeddingStore, tmp_path: Path, to_files: bool) -> None:
+    source, target = store.folder, tmp_path / "target"
+    if to_files:
+        source = convert(store.folder, tmp_path / "table").folder
+    killed = "import os; from detr_lightning.store import convert; calls = iter(range(99)); "
+    killed += "convert.track = lambda images, *_: (image for image in images if next(calls) < 2 or os._exit(9)); "
+    killed += "convert._BYTES_AT_ONCE = 1; convert.convert(*__import__('sys').argv[1:])"
+    command = [sys.executable, "-W", "ignore", "-c", killed, str(source), str(target)]
+    assert subprocess.run(command, check=False).returncode == 9
+    assert len(list(target.rglob("*.*"))) > 1
+    assert convert(source, target).image_ids == store.image_ids
+    assert verify(target) == []
+
+
+def test_a_killed_conversion_takes_nothing_of_others(store: EmbeddingStore, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "embedding_000000000027.pt").write_text("mine")
+    with pytest.raises(FileExistsError):
+        convert(store.folder, target)
+    assert content_of(target) == {"embedding_000000000027.pt": b"mine"}
+
+
+def test_a_failed_conversion_leaves_no_table_at_a_url(store: EmbeddingStore, bucket: Bucket) -> None:
+    path = store.path(store.image_ids[-1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=path.name):
+        convert(store.folder, f"{bucket.url}/table")
+    path.write_bytes(whole)
+    assert convert(store.folder, f"{bucket.url}/table").image_ids == store.image_ids
 
 
 def test_where_it_may_go(store: EmbeddingStore, tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ def attention(
         SettingError: The folder lacks a key, the model has no cross-attention over the whole image, there is no such
             query, or nothing reaches the threshold.
     """
+    from detr_lightning.analysis.reader import check_layer
+
     _check_dense(store)
     store.require("cross_attention", "pred_logits", "pred_boxes")
     picture = _picture(store, image_id, image_dir)
@@ -103,7 +105,8 @@ def attention(
             raise SettingError(f"there is no query {unknown[0]}; image {image_id} has {available}.")
         table = table.loc[queries]
     positions = store.positions(image_id, torch.tensor(table["query"].to_numpy()))
-    maps = store.feature_map(image_id, "cross_attention")[layer][positions].float()  # [len(table), H, W]
+    layers = store.feature_map(image_id, "cross_attention")
+    maps = layers[check_layer(layer, len(layers))][positions].float()  # [len(table), H, W]
     height, width = picture.shape[:2]
     columns = min(len(table), 2 if len(table) in (2, 4) else 3)
     rows = -(-len(table) // columns)
