@@ -57,9 +57,13 @@ def detect(
 
 
 def best_detections(
-    pred_logits: Tensor, pred_boxes: Tensor, size: tuple[int, int] | Tensor, scoring: str = "softmax"
+    pred_logits: Tensor,
+    pred_boxes: Tensor,
+    size: tuple[int, int] | Tensor,
+    scoring: str = "softmax",
+    num_queries: int | None = None,
 ) -> Detections:
-    """Return the detections that the model's official evaluation counts, as many as there are queries.
+    """Return the detections that the model's official evaluation counts, as many as it has queries.
 
     With softmax they are those of `detect`. With sigmoid they are the highest-scoring pairs of query and category, so
     one query can give several detections and another none.
@@ -69,6 +73,7 @@ def best_detections(
         pred_boxes: `[Q, 4]`: center x, center y, width, height, relative to the image.
         size: `(height, width)` of the original image.
         scoring: See `probabilities`.
+        num_queries: The model's queries, if not all of them are given.
 
     Raises:
         SettingError: The scoring is unknown.
@@ -77,7 +82,7 @@ def best_detections(
     if scoring == "softmax":
         return found
     scores = probabilities(pred_logits, scoring)  # [Q, C]
-    best = scores.flatten().topk(len(scores))
+    best = scores.flatten().topk(min(num_queries or len(scores), scores.numel()))
     query, label = best.indices // scores.shape[-1], best.indices % scores.shape[-1]
     return Detections(best.values, label, found.boxes_xyxy[query])
 
@@ -123,11 +128,12 @@ def coco_results(image_id: int, detections: Detections, threshold: float = 0.0) 
     """
     corner, opposite = detections.boxes_xyxy[..., :2], detections.boxes_xyxy[..., 2:]
     boxes = torch.cat([corner, opposite - corner], dim=-1).tolist()  # xyxy -> xywh
-    rows = zip(detections.scores.tolist(), detections.labels.tolist(), boxes, strict=True)
+    kept = (detections.scores >= threshold).tolist()  # in the scores' precision, as everywhere
+    rows = zip(kept, detections.scores.tolist(), detections.labels.tolist(), boxes, strict=True)
     return [
         {"image_id": int(image_id), "category_id": label, "bbox": box, "score": score}
-        for score, label, box in rows
-        if score >= threshold
+        for keep, score, label, box in rows
+        if keep
     ]
 
 

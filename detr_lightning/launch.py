@@ -1,15 +1,17 @@
-"""Detection of how this process was started: by hand, by rank 0 of its node, or by a launcher such as torchrun or srun.
+"""How this process was started: by hand, by rank 0 of its node, or by a launcher such as torchrun or srun; how it ends.
 
 This module imports neither torch nor Lightning, which reads the environment on import.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 LAUNCHER = "DETR_LIGHTNING_LAUNCHER"
@@ -86,6 +88,19 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Handle SIGTERM like Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class InterruptibleWait:

@@ -225,3 +225,13 @@ def test_detections_of_other_images_are_refused() -> None:
     rows = [{"image_id": 5, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}]
     with pytest.raises(ValueError, match="image 5 has detections but is not in the annotations"):
         evaluate(ground_truth(content), rows)
+
+
+def test_a_score_at_the_threshold_counts() -> None:
+    """Scores are float32: what the writer keeps at a min_score is there at the same threshold."""
+    logits = torch.tensor([[0.7, 0.1]]).logit()
+    score = float(logits.sigmoid().max())
+    assert score < 0.7
+    found = detect(logits, torch.rand(1, 4), (10, 10), "sigmoid")
+    assert bool(found.scores[0] >= 0.7)
+    assert [row["score"] for row in coco_results(1, found, 0.7)] == [score]

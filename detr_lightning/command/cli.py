@@ -29,10 +29,10 @@ from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.files import write_json
 from detr_lightning.job import Job, check_trainer, meeting
-from detr_lightning.launch import launched_by_rank_0
+from detr_lightning.launch import launched_by_rank_0, sigterm_as_interrupt
 from detr_lightning.progress import ImageProgress
 from detr_lightning.ranks import waits_for_launch
-from detr_lightning.system import quiet_lightning, restore_settings, sigterm_as_interrupt
+from detr_lightning.system import quiet_lightning, restore_settings
 
 
 class DETRCLI(LightningCLI):

@@ -14,7 +14,7 @@ from detr_lightning.command.settings import help_of, help_of_trainer
 from detr_lightning.command.verbs import VERBS, load_verb
 from detr_lightning.command.words import checked_words
 from detr_lightning.errors import DETRLightningError, SettingError, did_you_mean
-from detr_lightning.launch import end_with_parent, forget_stale_launchers, launched_by_rank_0
+from detr_lightning.launch import end_with_parent, forget_stale_launchers, launched_by_rank_0, sigterm_as_interrupt
 
 PROGRAM = "detr-lightning"
 
@@ -53,7 +53,8 @@ def _run(words: Sequence[str]) -> int:
     module = load_verb(name)
     parser = VerbParser(name)
     module.add_arguments(parser)
-    return module.run(parser.parse_args(rest))
+    with sigterm_as_interrupt():
+        return module.run(parser.parse_args(rest))
 
 
 def _run_lightning(verb: str, words: Sequence[str]) -> int:

@@ -16,14 +16,22 @@ SHOWN = 50
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the folder and the number of workers."""
     parser.add_argument("folder", help="the output folder of an extraction")
-    parser.add_argument("--workers", type=int, help="files checked at the same time; default: one per core")
+    parser.add_argument("--workers", type=_at_least_one, help="files checked at the same time; default: one per core")
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the problems to stderr; return 1 if there are any."""
     problems = verify(options.folder, options.workers)
     if not problems:
-        print(f"{count(len(EmbeddingStore(options.folder)), 'image')}; every file is complete and correct.")
+        store = EmbeddingStore(options.folder)
+        what = "row" if store.is_table else "file"
+        print(f"{count(len(store), 'image')}; every {what} is complete and correct.")
         return 0
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     for problem in problems[:SHOWN]:

@@ -21,7 +21,10 @@ try:
 except ImportError as missing:
     raise MissingPackageError("writer.layout lance needs Lance: pip install 'detr-lightning[lance]'.") from missing
 
-__all__ = ["exists", "explained", "lance", "pa", "read_file", "remove_file", "table_uri", "write_file"]
+IMPORTED_BY = os.getpid()
+"""The process that imported Lance, which has threads from then on: it does not survive a fork."""
+
+__all__ = ["IMPORTED_BY", "exists", "explained", "lance", "pa", "read_file", "remove_file", "table_uri", "write_file"]
 
 
 def table_uri(output_dir: str | os.PathLike[str]) -> str:

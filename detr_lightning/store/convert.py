@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from detr_lightning.errors import SettingError
+from detr_lightning.errors import InputError, SettingError
 from detr_lightning.format.entries import ImageEntry
-from detr_lightning.format.files import fsync_folder, save_tensors, to_json_bytes, write_json
+from detr_lightning.format.files import checksum_of, fsync_folder, save_tensors, to_json_bytes, write_json
 from detr_lightning.format.keys import FeatureSizes
 from detr_lightning.format.names import METADATA, TABLE, TEMPORARY, image_id_of, is_url
 from detr_lightning.format.schema import LANCE, Metadata
@@ -46,7 +46,7 @@ def convert(
         InputError: The metadata or a file of the source is damaged.
         MissingPackageError: Lance is not installed.
         OSError: The target cannot be written.
-        SettingError: The source is a table, and the target is a URL.
+        SettingError: The source is a table, and the target is a URL; or the target lies in the source.
     """
     store = EmbeddingStore(source)
     to_files = store.is_table
@@ -54,6 +54,8 @@ def convert(
     if to_files and is_url(target):
         raise SettingError(f"{target} is a URL, but one file per image needs a folder. Name a folder to convert into.")
     folder = None if is_url(target) else Path(target).expanduser()
+    if folder is not None and store.folder is not None and folder.resolve().is_relative_to(store.folder.resolve()):
+        raise SettingError(f"{folder} lies in {store.name}, which must contain nothing else. Name another folder.")
     images = track(_images(store), len(store), "Converting", progress)
     with contextlib.nullcontext() if folder is None else _claimed(folder):
         if to_files:
@@ -101,8 +103,21 @@ def _clear(folder: Path) -> None:
 
 
 def _images(store: EmbeddingStore) -> Iterator[tuple[ImageEntry, dict[str, Tensor]]]:
+    """Yield the entry and the tensors of each image.
+
+    Raises:
+        InputError: A file is not the one that was written.
+    """
     for image_id in store:
-        yield store.entry(image_id), store[image_id]
+        entry = store.entry(image_id)
+        if entry.checksum is not None and not store.is_table:
+            path = store.path(image_id)
+            if checksum_of(path.read_bytes()) != entry.checksum:
+                raise InputError(
+                    f"{path} is not the file that was written: its checksum differs from that in {METADATA}. "
+                    "Delete it, and run the extraction again to restore it."
+                )
+        yield entry, store[image_id]
 
 
 def _write_files(store: EmbeddingStore, folder: Path, images: Iterator[tuple[ImageEntry, dict[str, Tensor]]]) -> None:

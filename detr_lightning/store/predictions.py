@@ -35,6 +35,7 @@ class Predictions:
         model = store.metadata_file.model
         self.scoring = model.scoring if model else "softmax"
         self._ids = model.category_ids if model else None
+        self._num_queries = model.shape.num_queries if model else None
         ids = [index if number is None else number for index, number in enumerate(self._ids or ())]
         self.names = {ids[index] if index < len(ids) else index: name for index, name in store.categories.items()}
         """The names of the labels."""
@@ -53,7 +54,8 @@ class Predictions:
         Raises:
             UnknownImageError: The store has no such image.
         """
-        return to_coco_ids(best_detections(*self._stored(image_id), self.scoring), self._ids)
+        found = best_detections(*self._stored(image_id), self.scoring, self._num_queries)
+        return to_coco_ids(found, self._ids)
 
     def _stored(self, image_id: int) -> tuple[Tensor, Tensor, Size]:
         logits, boxes = (self.store.load(image_id, key) for key in ("pred_logits", "pred_boxes"))

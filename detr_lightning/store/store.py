@@ -178,6 +178,8 @@ class EmbeddingStore(StoredImages):
     ) -> EmbeddingDataset:
         """Return a view for a `DataLoader`, for example to train a probe. Each item is read when it is requested.
 
+        The workers of a table's `DataLoader` need `multiprocessing_context="spawn"`.
+
         Args:
             key: One of `embedding_keys`.
             image_ids: Which images, in which order; by default all, or those that have a target.

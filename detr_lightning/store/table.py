@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from detr_lightning.errors import InputError
+from detr_lightning.errors import InputError, SettingError
 from detr_lightning.format import object_store
 from detr_lightning.format.entries import ImageEntry, SkippedImage
+from detr_lightning.format.files import json_is_unchanged
 from detr_lightning.format.metadata import AGAIN, MetadataFile
 from detr_lightning.format.names import METADATA, is_url
 from detr_lightning.format.schema import LANCE, Metadata
@@ -25,7 +26,7 @@ _ROWS_AT_ONCE = 256
 class TableTensors:
     """The tensors of a table.
 
-    Lance cannot be used in a forked process: each process opens the table itself, when it first reads.
+    Each process opens the table itself, when it first reads.
 
     Args:
         output_dir: The folder or URL that contains the table.
@@ -33,7 +34,7 @@ class TableTensors:
 
     def __init__(self, output_dir: str) -> None:
         self.output_dir = output_dir
-        self._reader: tuple[int, TableReader] | None = None
+        self._reader: TableReader | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the reader, which belongs to this process."""
@@ -41,10 +42,19 @@ class TableTensors:
 
     @property
     def reader(self) -> TableReader:
-        """The table, opened in this process."""
-        if self._reader is None or self._reader[0] != os.getpid():
-            self._reader = os.getpid(), TableReader(self.output_dir)
-        return self._reader[1]
+        """The table, opened in this process.
+
+        Raises:
+            SettingError: The process was forked from one that had imported Lance.
+        """
+        if os.getpid() != object_store.IMPORTED_BY:
+            raise SettingError(
+                f"{self.output_dir} is a Lance table, which forked processes cannot read. Start data workers with "
+                "DataLoader(..., multiprocessing_context='spawn')."
+            )
+        if self._reader is None:
+            self._reader = TableReader(self.output_dir)
+        return self._reader
 
     @property
     def bytes_on_disk(self) -> int:
@@ -77,12 +87,13 @@ class TableMetadata(MetadataFile):
     Args:
         content: The content of the file, as JSON.
         tensors: The table's tensors.
+        changed: Whether the file was changed after it was written.
     """
 
-    def __init__(self, content: dict[str, Any], tensors: TableTensors) -> None:
+    def __init__(self, content: dict[str, Any], tensors: TableTensors, changed: bool = False) -> None:
         self.content = content
         self.path = Path(tensors.output_dir, METADATA)
-        self.changed = False
+        self.changed = changed
         self._tensors = tensors
 
     @cached_property
@@ -141,7 +152,7 @@ def open_table(output_dir: str, partial: bool = False) -> tuple[TableMetadata, T
             f"{output_dir}/{METADATA} does not belong to the table beside it. Remove it and extract again."
         )
     tensors = TableTensors(output_dir)
-    return TableMetadata(content, tensors), tensors
+    return TableMetadata(content, tensors, "checksum" in content and not json_is_unchanged(data)), tensors
 
 
 def _so_far(output_dir: str) -> tuple[TableMetadata, TableTensors]:

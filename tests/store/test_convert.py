@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,3 +130,47 @@ def test_a_folder_that_cannot_be_made_says_why(
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(OSError, match="No space left on device"):
         convert(store.folder, tmp_path / "table")
+
+
+def test_a_file_that_was_changed_is_refused(store: EmbeddingStore, tmp_path: Path) -> None:
+    """A table has no checksums: afterwards nobody could tell."""
+    first, other = store.path(7), store.path(27)
+    contents = first.read_bytes(), other.read_bytes()
+    first.write_bytes(contents[1])
+    other.write_bytes(contents[0])
+    with pytest.raises(ValueError, match=r"embedding_000000000007\.pt is not the file that was written"):
+        convert(store.folder, tmp_path / "table")
+    assert not (tmp_path / "table").exists()
+
+
+def test_a_target_in_the_source_is_refused(store: EmbeddingStore) -> None:
+    before = content_of(store.folder)
+    with pytest.raises(ValueError, match="which must contain nothing else"):
+        convert(store.folder, store.folder / "table")
+    assert content_of(store.folder) == before
+
+
+def test_sigterm_ends_it_like_ctrl_c(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def interrupted(images: Iterable[Any], *_: object) -> Iterator[Any]:
+        yield next(iter(images))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("detr_lightning.store.convert.track", interrupted)
+    assert main(["convert", str(store.folder), str(tmp_path / "table")]) == 130
+    assert capsys.readouterr().err == "Error: Interrupted.\n"
+    assert not (tmp_path / "table").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_edited_metadata_of_a_table_is_found(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> None:
+    convert(store.folder, tmp_path / "table")
+    assert main(["verify", str(tmp_path / "table")]) == 0
+    assert "every row is complete and correct" in capsys.readouterr().out
+    path = tmp_path / "table" / "metadata.json"
+    path.write_text(path.read_text().replace('"random"', '"others"'))
+    assert verify(tmp_path / "table") == [
+        "metadata.json: was changed after it was written: its checksum does not match."
+    ]

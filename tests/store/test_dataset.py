@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
+import pytest
 import torch
 from store_factory import plain
 from torch.utils.data import DataLoader
 
+from detr_lightning.errors import SettingError
 from detr_lightning.store import EmbeddingStore
 
 
@@ -26,3 +29,15 @@ def test_a_dataset_is_small_when_pickled_and_gives_ids_without_targets(store: Em
     tensor, image_id = dataset[0]
     assert image_id == 27
     assert torch.equal(tensor, plain(store, 27)["decoder_output"])
+
+
+def test_forked_workers_of_a_table_are_refused(store: EmbeddingStore, tmp_path: Path) -> None:
+    """Lance has threads, so a forked worker may crash, or wait forever."""
+    pytest.importorskip("lance", reason="pylance, of the extra lance, is not installed")
+    from detr_lightning.store.convert import convert
+
+    table = convert(store.folder, tmp_path / "table")
+    table.stack("query_embeddings")
+    loader = DataLoader(table.dataset("query_embeddings"), num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(SettingError, match="multiprocessing_context='spawn'"):
+        list(loader)

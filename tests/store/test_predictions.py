@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from store_factory import CATEGORIES, annotations_of, make_store, plain
+from store_factory import CATEGORIES, annotations_of, edit_metadata, make_store, plain
 
 from detr_lightning import EmbeddingStore
+from detr_lightning.batch import keep_queries
+from detr_lightning.detections import coco_results
+from detr_lightning.format.files import save_tensors
 from detr_lightning.store.predictions import Predictions, count_categories
 
 
@@ -46,3 +50,30 @@ def test_a_store_without_logits_is_refused(tmp_path: Path) -> None:
     without = make_store(tmp_path / "without", keys=["query_embeddings", "pred_boxes"])
     with pytest.raises(ValueError, match="pred_logits"):
         Predictions(without)
+
+
+def test_the_best_detections_of_kept_queries_are_those_of_all(tmp_path: Path) -> None:
+    """With sigmoid one query may give several detections, more than queries were kept."""
+    full = make_store(tmp_path / "full")
+    edit_metadata(full.folder, model={**full.metadata["model"], "scoring": "sigmoid"})
+    full = EmbeddingStore(full.folder)
+    min_score = 0.7
+    entries = []
+    (tmp_path / "kept").mkdir()
+    for entry in full.metadata["images"]:
+        tensors = full[entry["id"]]
+        tensors["pred_logits"].fill_(-4)[2, :3] = torch.tensor([1.0, 2.0, 3.0])
+        save_tensors(full.folder, entry["id"], tensors)
+        kept = keep_queries(entry["id"], tensors, min_score, "sigmoid")
+        save_tensors(tmp_path / "kept", entry["id"], kept)
+        entries.append({**entry, "num_queries": len(kept["query_index"])})
+    shutil.copy(full.folder / "metadata.json", tmp_path / "kept")
+    keys = [*full.embedding_keys, "query_index"]
+    edit_metadata(tmp_path / "kept", min_score=min_score, embedding_keys=keys, images=entries)
+    part = EmbeddingStore(tmp_path / "kept")
+    for image_id in full:
+        all_rows, rows = (
+            coco_results(image_id, Predictions(store, min_score).best(image_id), min_score) for store in (full, part)
+        )
+        assert rows == all_rows
+        assert (len(rows), part.entry(image_id).num_queries) == (3, 1)

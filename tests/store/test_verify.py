@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from store_factory import annotations_of, edit_metadata, make_store
+from store_factory import annotations_of, edit_metadata, make_store, plain
 
 from detr_lightning.format import files, names
 from detr_lightning.format.keys import EXTRACT_TYPES, KEYS
@@ -335,3 +335,21 @@ def test_a_file_that_two_readers_would_read_differently_is_believed_by_neither(s
     for fast in (reader, TensorReader()):
         with contextlib.suppress(ValueError):
             assert torch.equal(fast.read(path, "a"), torch.load(path)["a"])
+
+
+def test_boxes_reach_beyond_the_image_only_where_the_model_lets_them(store: EmbeddingStore) -> None:
+    """The box heads of D-FINE and RF-DETR do not end in a sigmoid."""
+    tensors = plain(store, 7)
+    tensors["pred_boxes"][0, 0] = -0.01
+    files.save_tensors(store.folder, 7, tensors)
+    images = [without("checksum", image) for image in store.metadata["images"]]
+    for family, found in (("detr", 1), ("rt_detr", 1), ("rf_detr", 0), ("d_fine", 0)):
+        edit_metadata(store.folder, images=images, model={**store.metadata["model"], "family": family})
+        problems = verify(store.folder)
+        assert len(problems) == found, problems
+        assert all("outside of [0, 1]" in problem for problem in problems)
+
+
+def test_the_number_of_workers_is_checked(store: EmbeddingStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(store.folder), "--workers", "-1"]) == 1
+    assert "--workers: '-1' is not a number of 1 or more" in capsys.readouterr().err
