@@ -237,9 +237,10 @@ class COCODataModule(LightningDataModule):
         self._ready = True
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return this rank's batches, without the images that a callback such as `EmbeddingWriter` has finished."""
+        """Return this rank's batches, without the images that every callback such as `EmbeddingWriter` has finished."""
         callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
-        return self._loader(frozenset().union(*(getattr(callback, "finished", ()) for callback in callbacks)))
+        finished = [callback.finished for callback in callbacks if hasattr(callback, "finished")]
+        return self._loader(frozenset.intersection(*finished) if finished else frozenset())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return this rank's batches of all images."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -27,6 +27,7 @@ class ImageWriter:
         dtype: `writer.dtype`.
         min_score: `writer.min_score`.
         scoring: The model's scoring: `softmax` or `sigmoid`.
+        finished: The ids of images that are not written again. With padding they share batches with others.
 
     Attributes:
         images_written: The number of images written so far.
@@ -34,9 +35,17 @@ class ImageWriter:
     """
 
     def __init__(
-        self, run: PlannedRun, threads: int, keys: Sequence[str], dtype: str, min_score: float | None, scoring: str
+        self,
+        run: PlannedRun,
+        threads: int,
+        keys: Sequence[str],
+        dtype: str,
+        min_score: float | None,
+        scoring: str,
+        finished: Collection[int] = frozenset(),
     ) -> None:
         self._run = run
+        self._finished = finished
         self._keys, self._dtype, self._min_score, self._scoring = keys, dtype, min_score, scoring
         self.images_written = 0
         self.bytes_written = 0
@@ -52,8 +61,10 @@ class ImageWriter:
             InputError: A value of an earlier image is not finite, or does not fit into `dtype`.
         """
         arrived = HostBatch(prediction)
-        for index, features in enumerate(sizes_of_batch(prediction)):
-            self._waiting.append(self._pool.submit(self._write, index, features, arrived))
+        images = zip(prediction["image_id"], sizes_of_batch(prediction), strict=True)
+        for index, (image_id, features) in enumerate(images):
+            if image_id not in self._finished:
+                self._waiting.append(self._pool.submit(self._write, index, image_id, features, arrived))
         self.wait(QUEUED_IMAGES)
 
     def wait(self, allowed: int = 0) -> None:
@@ -70,9 +81,8 @@ class ImageWriter:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._waiting.clear()
 
-    def _write(self, index: int, features: FeatureSizes, arrived: HostBatch) -> None:
+    def _write(self, index: int, image_id: int, features: FeatureSizes, arrived: HostBatch) -> None:
         arrived.wait()
-        image_id = int(arrived.tensors["image_id"][index])
         tensors = image_at(index, arrived.tensors, features)
         if self._min_score is not None:
             kept = keep_queries(image_id, tensors, self._min_score, self._scoring)

@@ -6,12 +6,14 @@ import contextlib
 import json
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
+from detr_lightning.errors import DETRLightningWarning, count
 from detr_lightning.extraction.checks import HashFiles, refuse_missing, refuse_used
 from detr_lightning.extraction.journal import Journal, await_done, why_unseen
 from detr_lightning.extraction.locks import LockedFile, lock_folder, remove_state, sweep
@@ -79,6 +81,13 @@ class ExtractionRun(PlannedRun):
             return
         entries = track(previous.finished.items(), len(previous.finished), "Checking files")
         self.finished = WholeFiles().among(folder, entries)
+        if lost := [entry for i, entry in previous.finished.items() if i not in self.finished and i not in self.images]:
+            warnings.warn(
+                f"{folder} has {count(len(lost), 'image')} that this run does not plan and whose file is missing or "
+                f"damaged, such as {lost[0].file_name!r}: metadata.json will no longer list them.",
+                DETRLightningWarning,
+                stacklevel=2,
+            )
         hashed = self._check_finished(folder, lambda: previous.settings)
         self.finished |= hashed
         self.complete = (

@@ -7,6 +7,7 @@ have written is kept once.
 from __future__ import annotations
 
 import contextlib
+import re
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ from datetime import datetime, timedelta, timezone
 
 from torch import Tensor
 
+from detr_lightning.errors import BusyError, InputError
 from detr_lightning.extraction.checks import HashFiles, refuse_missing, refuse_used
 from detr_lightning.extraction.planned import PlannedRun
 from detr_lightning.extraction.previous_table import PreviousTable
@@ -30,6 +32,9 @@ STALE = timedelta(days=1)
 
 _RUN = "detr_lightning.run."
 """The prefix of the keys in the dataset's config under which runs register while they are alive."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""What Python puts in place of bytes that are not UTF-8."""
 
 
 class TableRun(PlannedRun):
@@ -78,6 +83,7 @@ class TableRun(PlannedRun):
             InputError: It contains files, another program's table, or a table with other settings or images.
         """
         self.finished, self.complete, self._hashed = {}, False, {}
+        self._check_names()
         has_table = object_store.exists(self.output_dir)
         if self.if_exists == "error" and (has_table or self._location.is_used()):
             refuse_used(self.output_dir)
@@ -102,6 +108,16 @@ class TableRun(PlannedRun):
             self._location.has_metadata() and not self.pending and not self._hashed and self.failures.keys() <= failed
         )
 
+    def _check_names(self) -> None:
+        names = [entry.file_name for entry in self.images.values()]
+        names += [entry.file_name for entry in self.failures.values()]
+        for name in names:
+            if _SURROGATE.search(name):
+                raise InputError(
+                    f"The name of {name!r} is not valid UTF-8, so a table cannot store it. Rename the file, "
+                    "or use writer.layout=files."
+                )
+
     def begin(self) -> None:
         """Claim the table: create it or clean up after a dead run, and register this run.
 
@@ -116,7 +132,7 @@ class TableRun(PlannedRun):
         if not new and not overwrite and found.version != self._previous.version:
             self.inspect()  # Another run has begun since.
         self._location.remove_metadata()
-        if overwrite:
+        if overwrite or (not new and not self.finished and self._is_for_others(found)):
             found.empty(self._schema)
         tried_again = self.images.keys() | self.failures.keys()
         found.delete([row for entry, row in found.entries(skipped=True) if entry.image_id in tried_again])
@@ -125,6 +141,22 @@ class TableRun(PlannedRun):
         num_planned = len(self.finished.keys() | self.images.keys())
         begun = datetime.now(timezone.utc).isoformat()
         found.configure({_RUN + self.token: begun, PLANNED: str(num_planned)})
+
+    def _is_for_others(self, found: Table) -> bool:
+        """Return whether a table without images was made by a run with other settings.
+
+        Raises:
+            BusyError: That run may still be at work.
+        """
+        differences = self.record.settings.differences(found.record.settings)
+        others = [begun for name, begun in found.config.items() if name.startswith(_RUN)]
+        if differences and not self._location.exclusive and any(map(_is_recent, others)):
+            raise BusyError(
+                f"{self.output_dir} was begun with other settings, perhaps by a run that is still at work: "
+                f"{'; '.join(differences)}. Choose another output_dir or, if that run is dead, "
+                "writer.if_exists=overwrite."
+            )
+        return bool(differences)
 
     def _create(self) -> Table | None:
         """Create the table, and return it; return None if there is one already."""

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
+from detr_lightning.data.sources import NONE_KNOWN
 from detr_lightning.errors import SettingError, SettingTypeError, check_choice
 from detr_lightning.extraction.image_writer import ImageWriter
 from detr_lightning.extraction.layouts import planned_run, previous_runs
@@ -104,8 +105,7 @@ class EmbeddingWriter(BasePredictionWriter):
         if data.image_dir and folder == Path(data.image_dir).resolve():
             raise SettingError(f"output_dir {self.output_dir} is data.image_dir. Choose another folder.")
         previous = previous_runs(self.layout, self.output_dir) if self.if_exists == "resume" else None
-        if previous is not None:
-            data.known = previous.known
+        data.known = previous.known if previous is not None else NONE_KNOWN
         data.find_images()
         self.extraction = self._run(trainer, model, data, previous)
         self.extraction.inspect()
@@ -192,8 +192,15 @@ class EmbeddingWriter(BasePredictionWriter):
         # After the data workers were forked: threads and fork do not mix.
         assert isinstance(pl_module, DETRExtractor)
         assert self.extraction is not None
-        scoring = pl_module.checkpoint.scoring
-        self._images = ImageWriter(self.extraction, self.threads, pl_module.keys, self.dtype, self.min_score, scoring)
+        self._images = ImageWriter(
+            self.extraction,
+            self.threads,
+            pl_module.keys,
+            self.dtype,
+            self.min_score,
+            pl_module.checkpoint.scoring,
+            self.finished,
+        )
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -217,7 +224,8 @@ class EmbeddingWriter(BasePredictionWriter):
         assert run is not None
         assert images is not None
         for image_id, reason in batch["failed"]:
-            run.fail(image_id, reason)
+            if image_id not in self.finished:
+                run.fail(image_id, reason)
         for image_id, details in batch.get("details", {}).items():
             run.images[image_id] = replace(run.images[image_id], **details)
         images.submit(prediction)
@@ -244,15 +252,15 @@ class EmbeddingWriter(BasePredictionWriter):
         """Drop the waiting images, finish the files that are being written, and release the folder."""
         if self._images is not None:
             self._images.close()
-        self._release()
+        self._release(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the folder, even if nothing was predicted."""
+        self._release(pl_module)
+
+    def _release(self, pl_module: LightningModule) -> None:
         if isinstance(pl_module, DETRExtractor):
             pl_module.further_keys = ()
-        self._release()
-
-    def _release(self) -> None:
         if self.extraction is not None:
             self.extraction.leave(done=False)
             self.extraction.release()

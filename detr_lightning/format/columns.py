@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detr_lightning.errors import InputError
 from detr_lightning.format.entries import ImageEntry, SkippedImage, shared_features, shared_size
 from detr_lightning.format.keys import AXES, FeatureSizes, dtype_of, shape_of
 from detr_lightning.format.object_store import pa
@@ -70,7 +71,18 @@ def table_schema(record: RunRecord, features: FeatureSizes) -> pa.Schema:
 
 
 def to_batch(schema: pa.Schema, rows: Sequence[Row]) -> pa.RecordBatch:
-    """Convert rows to a batch of a table, in the same order. A skipped image has the reason as `error`, no tensors."""
+    """Convert rows to a batch of a table, in the same order. A skipped image has the reason as `error`, no tensors.
+
+    Raises:
+        InputError: An image's tensors are not those of the table.
+    """
+    keys = {name for name in schema.names if name not in FIELDS}
+    for entry, tensors in rows:
+        if tensors and tensors.keys() != keys:
+            raise InputError(
+                f"image {entry.image_id} has {', '.join(tensors)}, but the table has columns for "
+                f"{', '.join(sorted(keys))}."
+            )
     described = [_described(entry) for entry, _ in rows]
     columns = [
         pa.array([row.get(field.name) for row in described], field.type)

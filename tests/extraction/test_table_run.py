@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -266,3 +267,69 @@ def test_an_overwrite_that_dies_leaves_no_finished_extraction(
         EmbeddingStore(tmp_path)
     assert run_cli(*command).code == 0
     assert len(EmbeddingStore(tmp_path)) == 8
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("--extract_type", "encoder"), ("--extract_type", "decoder")),
+        (("--extract_type", "all"), ("--extract_type", "encoder")),
+        (("--writer.dtype", "float16"), ("--writer.dtype", "float32")),
+        (("--writer.dtype", "float32"), ("--writer.min_score", "0.1")),
+        (("--data.short_side", "48"), ("--data.short_side", "64")),
+    ],
+)
+def test_a_table_without_images_takes_other_settings(
+    run_cli: RunCLI,
+    images: Coco,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: tuple[str, ...],
+    second: tuple[str, ...],
+) -> None:
+    """A run that dies early leaves a table with its own columns; the next one does not write into those."""
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    command = ("predict", *images.data, "--data.long_side", "128")
+    with monkeypatch.context() as patch:
+        patch.setattr("detr_lightning.extraction.row_writer.RowWriter.add", full)
+        assert run_cli(*command, *TO_TABLE, *first, "--output_dir", tmp_path / "table").code == 1
+    for folder, layout in (("table", "lance"), ("files", "files")):
+        ran = run_cli(*command, "--writer.layout", layout, *second, "--output_dir", tmp_path / folder)
+        assert ran.code == 0, ran.err
+    assert_equal(EmbeddingStore(tmp_path / "table"), EmbeddingStore(tmp_path / "files"))
+    ran = run_cli(*command, *TO_TABLE, *second, "--output_dir", tmp_path / "table")
+    assert "Nothing to do" in ran.err
+
+
+def test_a_table_at_a_url_is_not_taken_from_a_run_with_other_settings(
+    run_cli: RunCLI, images: Coco, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    command = ("predict", *images.data, *TO_TABLE, "--output_dir", f"{bucket.url}/out")
+    with monkeypatch.context() as patch:
+        patch.setattr("detr_lightning.extraction.row_writer.RowWriter.add", full)
+        assert run_cli(*command).code == 1
+    ran = run_cli(*command, "--writer.dtype", "float16")
+    assert ran.code == 1
+    assert "was begun with other settings" in ran.err
+    assert "writer.dtype was float32, now float16" in ran.err
+    assert run_cli(*command, "--writer.dtype", "float16", "--writer.if_exists", "overwrite").code == 0
+    assert EmbeddingStore(f"{bucket.url}/out")[1]["decoder_output"].dtype is torch.float16
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_the_first_image(
+    run_cli: RunCLI, images: Coco, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copy(next(images.images.iterdir()), os.fsencode(folder) + b"/caf\xe9.jpg")
+    command = ("predict", "--data.image_dir", folder, *TO_TABLE, "--output_dir", tmp_path / "out")
+    ran = run_cli(*command)
+    assert ran.code == 1
+    assert "is not valid UTF-8" in ran.err
+    assert not (tmp_path / "out").exists()

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 from coco_factory import Coco, make_coco
+from lightning.pytorch import Callback, Trainer
 from places import SHARED
 from ran import RunCLI
 
+from detr_lightning import COCODataModule, DETRExtractor, EmbeddingStore, EmbeddingWriter
 from detr_lightning.format.keys import EXTRACT_TYPES, KEYS, FeatureSizes, ModelShape, nbytes, shape_of
 from detr_lightning.model.detr import Architecture
+from detr_lightning.store.verify import verify
+from detr_lightning.system import quiet_lightning
 
 
 def read(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
@@ -250,3 +254,89 @@ def test_coco_images_agree_with_the_official_code(run_cli: RunCLI, tmp_path: Pat
         tensors = torch.load(tmp_path / "out" / f"embedding_{int(Path(name).stem):012d}.pt")
         for key, tensor in tensors.items():
             assert error(tensor, expected[key].reshape(tensor.shape)) < 1e-5, (name, key)
+
+
+def test_a_padded_resume_leaves_finished_images_alone(run_cli: RunCLI, coco_folder: Coco, tmp_path: Path) -> None:
+    """The last image of the first run shares a batch with a new one, and both layouts keep what they have."""
+    padded = ("--data.batching", "padded", "--data.batch_size", "2")
+    for layout in ("files", "lance"):
+        command = ("predict", *coco_folder.data, *padded, "--writer.layout", layout, "--output_dir", tmp_path / layout)
+        assert run_cli(*command, "--data.limit", "3").code == 0
+        before = {image_id: EmbeddingStore(tmp_path / layout)[image_id] for image_id in (1, 4, 7)}
+        if layout == "files":
+            stats = {path.name: path.stat() for path in (tmp_path / layout).glob("*.pt")}
+        ran = run_cli(*command, "--data.limit", "4")
+        assert ran.code == 0, ran.err
+        store = EmbeddingStore(tmp_path / layout)
+        assert store.image_ids == [1, 4, 7, 10]
+        for image_id, tensors in before.items():
+            assert all(torch.equal(tensor, store[image_id][key]) for key, tensor in tensors.items())
+        assert verify(tmp_path / layout) == []
+    assert all((tmp_path / "files" / name).stat() == stat for name, stat in stats.items())
+
+
+class Tripping(Callback):
+    """Ends a run before its first batch."""
+
+    def on_predict_batch_start(self, *_: Any) -> None:
+        raise OSError("tripped")
+
+
+def predict(model: DETRExtractor, data: COCODataModule, *callbacks: Callback) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    with quiet_lightning():
+        Trainer(accelerator="cpu", callbacks=list(callbacks), enable_model_summary=False, **quiet).predict(model, data)
+
+
+def test_a_run_that_fails_leaves_the_model_as_it_was(coco_folder: Coco, tiny_weights: Path, tmp_path: Path) -> None:
+    model = DETRExtractor(str(tiny_weights), keys=["query_embeddings"])
+    data = COCODataModule(str(coco_folder.images), short_side=64, long_side=128, batch_size=1, num_workers=0)
+    with pytest.raises(OSError, match="tripped"):
+        predict(model, data, EmbeddingWriter(str(tmp_path), min_score=0.1), Tripping())
+    assert model.further_keys == ()
+
+
+def test_a_data_module_forgets_the_folder_of_an_earlier_run(tiny_weights: Path, tmp_path: Path) -> None:
+    """Ids of images without annotations are kept within an output folder, and are counted anew in another one."""
+    images = make_coco(tmp_path / "made", 3).images
+    folder = tmp_path / "images"
+    folder.mkdir()
+    made = sorted(images.iterdir())
+    shutil.copy(made[0], folder / "b.jpg")
+    model = DETRExtractor(str(tiny_weights), keys=["query_embeddings"])
+    data = COCODataModule(str(folder), short_side=64, long_side=128, batch_size=1, num_workers=0)
+    predict(model, data, EmbeddingWriter(str(tmp_path / "one")))
+    shutil.copy(made[1], folder / "a.jpg")
+    predict(model, data, EmbeddingWriter(str(tmp_path / "one")))
+    assert [entry["file_name"] for entry in EmbeddingStore(tmp_path / "one").metadata["images"]] == ["b.jpg", "a.jpg"]
+    predict(model, data, EmbeddingWriter(str(tmp_path / "two"), if_exists="overwrite"))
+    assert [entry["file_name"] for entry in EmbeddingStore(tmp_path / "two").metadata["images"]] == ["a.jpg", "b.jpg"]
+
+
+def test_two_writers_of_which_one_has_some_images(coco_folder: Coco, tiny_weights: Path, tmp_path: Path) -> None:
+    model = DETRExtractor(str(tiny_weights), keys=["query_embeddings"])
+
+    def data(**settings: Any) -> COCODataModule:
+        small = {"short_side": 64, "long_side": 128, "batch_size": 1, "num_workers": 0}
+        return COCODataModule(str(coco_folder.images), str(coco_folder.annotations), **small, **settings)
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    predict(model, data(limit=3), EmbeddingWriter(str(one)))
+    before = {path.name: path.stat() for path in one.glob("*.pt")}
+    predict(model, data(), EmbeddingWriter(str(one)), EmbeddingWriter(str(two), dtype="float16"))
+    assert EmbeddingStore(one).image_ids == EmbeddingStore(two).image_ids
+    assert all((one / name).stat() == stat for name, stat in before.items())
+
+
+def test_a_damaged_file_of_an_image_that_is_not_planned_is_named(
+    run_cli: RunCLI, coco_folder: Coco, tmp_path: Path
+) -> None:
+    command = ("predict", *coco_folder.data, "--output_dir", tmp_path)
+    assert run_cli(*command, "--data.limit", "3").code == 0
+    path = tmp_path / "embedding_000000000007.pt"
+    path.write_bytes(path.read_bytes()[:-10])
+    ran = run_cli(*command, "--data.image_ids", "[1, 4, 10]")
+    assert ran.code == 0
+    assert "has 1 image that this run does not plan and whose file is missing or damaged" in ran.err
+    assert "000000000007.jpg" in ran.err
+    assert EmbeddingStore(tmp_path).image_ids == [1, 4, 10]
