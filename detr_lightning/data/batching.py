@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from detr_lightning.data.records import ImageRecord, Size
+from detr_lightning.data.records import ImageRecord
 from detr_lightning.errors import SettingError, check_choice
+from detr_lightning.format.keys import Size
 
 BATCHINGS = ("exact", "padded")
 """The values of `data.batching`."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from detr_lightning.data.folder_images import FolderImages
 from detr_lightning.data.headers import HeaderReader, measure
-from detr_lightning.data.records import Failure, ImageRecord, Size
+from detr_lightning.data.records import Failure, ImageRecord
 from detr_lightning.data.selection import read_image_ids, select
 from detr_lightning.data.sources import (
     COCOImages,
@@ -18,6 +18,7 @@ from detr_lightning.data.sources import (
     with_known_size,
 )
 from detr_lightning.errors import DETRLightningWarning, SettingError, UnreadableImageError, count
+from detr_lightning.format.keys import Size
 
 
 class Images(NamedTuple):

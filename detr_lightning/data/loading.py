@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker
 from detr_lightning.data.batching import collate
 from detr_lightning.data.decode import Processor, read_image
 from detr_lightning.data.formats import ImageFile, read_content
-from detr_lightning.data.records import ImageRecord, Size
+from detr_lightning.data.records import ImageRecord
 from detr_lightning.data.sources import ImageSource
 from detr_lightning.errors import SettingError, UnreadableImageError
+from detr_lightning.format.keys import Size
 from detr_lightning.system import SideThreads, available_cores
 
 Batch = list[ImageRecord]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-Size = tuple[int, int]
-"""Height and width."""
-
 Failure = tuple["ImageRecord", str]
 """An image that cannot be used, and the reason."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from detr_lightning.data.records import ImageRecord
-from detr_lightning.errors import InputError, SettingError, did_you_mean
+from detr_lightning.errors import InputError, SettingError, count, did_you_mean
 
 
 def select(
@@ -80,4 +80,5 @@ def _unknown_ids(unknown: list[int], known: list[int]) -> str:
     some = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
     place = bisect.bisect(known, unknown[0])
     nearest = " and ".join(map(str, known[max(place - 1, 0) : place + 1]))
-    return f"data.image_ids names {len(unknown)} ids that no image has: {some}. Nearest to {unknown[0]}: {nearest}."
+    ids = count(len(unknown), "id")
+    return f"data.image_ids names {ids} that no image has: {some}. Nearest to {unknown[0]}: {nearest}."

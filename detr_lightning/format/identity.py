@@ -67,6 +67,8 @@ class ModelRecord:
         ids = content.get("category_ids")
         if "category_ids" not in content and type(logits := architecture.get("num_logits")) is int:
             ids = range(logits - 1)  # Then each logit but the last had its index as category id.
+        if not isinstance(ids, Sequence | None):
+            raise InputError(f"model.category_ids is {ids!r}, not a list")
         return cls(
             weights=get_field(content, "weights", str, within="model."),
             sha256=get_field(content, "sha256", str, within="model."),

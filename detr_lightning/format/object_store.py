@@ -90,7 +90,8 @@ def explained(uri: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError | FileNotFoundError):
             raise
-        reason = str(error).partition(", /home")[0].strip().splitlines()[0]
+        # Lance ends its messages with the source file that raised them.
+        reason = next(iter(str(error).partition(", /home")[0].strip().splitlines()), type(error).__name__)
         problem = _remote_problem(reason) if is_url(uri) else f"{reason}. {_local_advice(reason)}"
         raise OSError(f"{uri}: {problem}") from error
 

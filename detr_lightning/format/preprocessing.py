@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from detr_lightning.errors import SettingError
-
-Size = tuple[int, int]
-"""Height and width."""
+from detr_lightning.format.keys import Size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

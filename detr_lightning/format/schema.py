@@ -61,7 +61,7 @@ class RunRecord:
             InputError: Fields are missing or have the wrong type; the message names them.
         """
         if missing := [name for name in _RUN_FIELDS if name not in content]:
-            raise InputError(f"{', '.join(missing)} is missing")
+            raise InputError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
         return cls(
             extract_type=get_field(content, "extract_type", str),
             settings=RunSettings.from_json(content),
@@ -95,13 +95,11 @@ class Metadata:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object, starting with the fields that readers look for first."""
-        if self.layout == LANCE:
-            failed = [entry.to_json() for entry in self.failed]
-            return {"num_images": len(self.images), **self.run.to_json(), "failed": failed, "layout": LANCE}
-        images = [entry.to_json() for entry in self.images]
-        content = self.run.to_json({"images": images})
-        ids = [entry.image_id for entry in self.images]
         failed = [entry.to_json() for entry in self.failed]
+        if self.layout == LANCE:
+            return {"num_images": len(self.images), **self.run.to_json(), "failed": failed, "layout": LANCE}
+        ids = [entry.image_id for entry in self.images]
+        content = self.run.to_json({"images": [entry.to_json() for entry in self.images]})
         return {"image_ids": ids, "num_images": len(ids), **content, "failed": failed}
 
     @classmethod
@@ -114,7 +112,7 @@ class Metadata:
         return cls(
             run=RunRecord.from_json(content),
             images=[ImageEntry.from_json(entry) for entry in get_field(content, "images", list)],
-            failed=[SkippedImage.from_json(entry) for entry in content.get("failed", ())],
+            failed=[SkippedImage.from_json(entry) for entry in content.get("failed") or ()],
         )
 
 

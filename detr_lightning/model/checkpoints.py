@@ -174,7 +174,10 @@ def _read_file(path: Path, averaged: bool | None) -> tuple[dict[str, Tensor], di
     known: dict[str, Any] = {}
     for key in ("hyper_parameters", "args"):
         stated = content.get(key)
-        known |= vars(stated) if isinstance(stated, Namespace) else stated if isinstance(stated, dict) else {}
+        if isinstance(stated, Namespace):
+            stated = vars(stated)
+        if isinstance(stated, dict):
+            known |= stated
     types = {"nheads": int, "dilation": bool}
     return tensors, {key: known[key] for key, kind in types.items() if isinstance(known.get(key), kind)}, remark
 

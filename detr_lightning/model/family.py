@@ -27,21 +27,18 @@ class ModelType:
         scoring: `softmax`, where the last logit is "no object", or `sigmoid`.
         encoder: Whether a transformer encoder runs over all features, so that `encoder_layers` exist.
         dense: Whether the decoder attends to every feature, so that `cross_attention` exists.
-        two_stage: Whether queries are chosen by score, so that a query's number is a rank. For Deformable DETR, the
-            config decides.
     """
 
     scoring: str = "sigmoid"
     encoder: bool = False
     dense: bool = False
-    two_stage: bool = True
 
 
 MODEL_TYPES = {
-    "table-transformer": ModelType("softmax", encoder=True, dense=True, two_stage=False),
-    "conditional_detr": ModelType(encoder=True, dense=True, two_stage=False),
-    "dab-detr": ModelType(encoder=True, dense=True, two_stage=False),
-    "deformable_detr": ModelType(encoder=True, two_stage=False),
+    "table-transformer": ModelType("softmax", encoder=True, dense=True),
+    "conditional_detr": ModelType(encoder=True, dense=True),
+    "dab-detr": ModelType(encoder=True, dense=True),
+    "deformable_detr": ModelType(encoder=True),
     "rt_detr": ModelType(),
     "rt_detr_v2": ModelType(),
     "d_fine": ModelType(),

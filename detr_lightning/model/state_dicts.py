@@ -61,20 +61,14 @@ def find_detr(name: str, content: Any, averaged: bool | None = None) -> tuple[di
             f"{name} contains no tensors. Its keys: {_first_keys(content)}. "
             "Expected {'model': state_dict} or a state_dict."
         )
-    if averaged and not ema:
+    where = next(iter(ema), None)
+    if averaged and where is None:
         raise InputError(f"{name} has no averaged (EMA) weights. Leave model.ema out.")
-    remark = ""
-    if ema:
-        where, tensors = next(iter(ema.items()))
-        use = bool(averaged) or not own
-        if own:
-            remark = f"EMA weights from {where!r}" if use else f"not the EMA weights in {where!r} (model.ema=true)"
-        else:
-            remark = f"EMA weights from {where!r}, the only ones"
-        if averaged is False and not own:
-            raise InputError(f"{name} has only averaged (EMA) weights, in {where!r}. Leave model.ema out.")
-        if use:
-            return _official(name, tensors), remark
+    if averaged is False and not own:
+        raise InputError(f"{name} has only averaged (EMA) weights, in {where!r}. Leave model.ema out.")
+    if where is not None and (averaged or not own):
+        return _official(name, ema[where]), f"EMA weights from {where!r}{'' if own else ', the only ones'}"
+    remark = "" if where is None else f"not the EMA weights in {where!r} (model.ema=true)"
     return _official(name, next(iter(own.values()))), remark
 
 

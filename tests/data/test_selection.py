@@ -52,7 +52,7 @@ def test_a_file_of_ids_and_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image_ids", "limit", "message"),
     [
-        ([10, 11], None, "names 1 ids that no image has: 11. Nearest to 11: 10 and 20"),
+        ([10, 11], None, "names 1 id that no image has: 11. Nearest to 11: 10 and 20"),
         ([1, 2, 3, 4, 5, 6], None, r"names 6 ids that no image has: 1, 2, 3, 4, 5, \.\.\.\. Nearest to 1: 10"),
         ([99], None, "Nearest to 99: 30"),
         ([], None, r"data\.image_ids is empty"),

@@ -130,6 +130,8 @@ def test_a_field_that_older_metadata_lacks_counts_as_the_value_then_in_force() -
     model = ModelRecord.from_json({"weights": "a", "sha256": "0", "architecture": ARCHITECTURE})
     assert (model.family, model.scoring) == ("detr", "softmax")
     assert model.category_ids == tuple(range(91))
+    with pytest.raises(InputError, match=r"model.category_ids is 3, not a list"):
+        ModelRecord.from_json({"weights": "a", "sha256": "0", "architecture": ARCHITECTURE, "category_ids": 3})
 
 
 def test_shapes_of_several_levels() -> None:

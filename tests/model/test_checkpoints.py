@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from detr_lightning.errors import InputError, MissingPackageError
 from detr_lightning.format.preprocessing import Preprocessing
 from detr_lightning.model import checkpoints
 from detr_lightning.model.detr import DETR, Architecture
@@ -227,7 +228,7 @@ class TestWhatTensorsDoNotTell:
     ) -> None:
         path = save({"model": state}, "renamed.pth")
         prefix = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
-        monkeypatch.setitem(OFFICIAL, "detr_resnet50_dc5", Official("x.pth", prefix, 43.3, dilation=True))
+        monkeypatch.setitem(OFFICIAL, "detr_resnet50_dc5", Official("x.pth", prefix, dilation=True))
         assert checkpoints.load(path).notes == (
             "DETR-R17-DC5: 8 heads (known by its sha256), dilated (known by its sha256)"
         )
@@ -441,6 +442,7 @@ class TestHuggingFace:
             ({"resample": 3}, r"resample is 3"),
             ({"do_resize": False}, r"do_resize is False"),
             ({"image_std": [0.5, 0.5]}, r"both need three values"),
+            ({"image_std": None}, r"preprocessor_config.json: a value has the wrong type"),
             ([], r"preprocessor_config.json contains a list"),
         ],
     )
@@ -465,6 +467,10 @@ class TestHuggingFace:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(FileNotFoundError, match=r"lists model-00002-of-00002.safetensors, which does not exist"):
             checkpoints.load(str(folder))
+        for damaged in ({}, {"weight_map": None}, {"weight_map": {"a": 3}}):
+            (folder / "model.safetensors.index.json").write_text(json.dumps(damaged))
+            with pytest.raises(InputError, match=r"model.safetensors.index.json has no weight_map"):
+                checkpoints.load(str(folder))
 
     def test_averaged_weights_are_no_choice_of_a_folder(self, folder: Path) -> None:
         with pytest.raises(ValueError, match=r"model.ema works only with a weight file"):
@@ -578,5 +584,5 @@ class TestHuggingFace:
         with pytest.raises(ConnectionError, match=r"'someone/detr' is not a local file or folder.* no route to host$"):
             checkpoints.load("someone/detr")
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-        with pytest.raises(ModuleNotFoundError, match=r"pip install huggingface_hub"):
+        with pytest.raises(MissingPackageError, match=r"pip install huggingface_hub"):
             checkpoints.load("someone/detr")

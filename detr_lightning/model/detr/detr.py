@@ -97,10 +97,9 @@ class Architecture:
 class MLP(nn.Module):
     """The layers that turn an embedding into a box."""
 
-    def __init__(self, dim: int, out_dim: int, num_layers: int = 3) -> None:
+    def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
-        dims = [dim] * num_layers + [out_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise((dim, dim, dim, out_dim)))
 
 
 class DETR(nn.Module):

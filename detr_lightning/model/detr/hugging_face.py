@@ -11,14 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
-from detr_lightning.errors import InputError
+from detr_lightning.errors import InputError, MissingPackageError
 from detr_lightning.format.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from detr_lightning.model.image_processor import sides_of
 from detr_lightning.model.labels import names_of_config
 from detr_lightning.model.state_dicts import from_hugging_face
-from detr_lightning.model.weight_files import read_pickled
+from detr_lightning.model.weight_files import first_line, read_pickled
 
-FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 """The names of a folder's weight files, in order of preference."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -32,29 +37,28 @@ def from_hub(hub_id: str) -> Path:
         hub_id: `organisation/name`, or `organisation/name@revision`.
 
     Raises:
-        ModuleNotFoundError: `huggingface_hub` is not installed.
+        MissingPackageError: `huggingface_hub` is not installed.
         ConnectionError: The model could not be downloaded, and is not in the cache.
     """
     try:
         import huggingface_hub
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             f"model.weights {hub_id!r} is not a local file or folder, and downloading it from Hugging Face's hub needs "
             "`pip install huggingface_hub`."
         ) from None
     name, _, revision = hub_id.partition("@")
     folder = Path()
     try:
-        for weights in (["model*.safetensors", FILES[1]], ["pytorch_model*.bin", FILES[3]]):
+        for weights in (["model*.safetensors", WEIGHT_FILES[1]], ["pytorch_model*.bin", WEIGHT_FILES[3]]):
             patterns = ["config.json", "preprocessor_config.json", *weights]
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-            if any((folder / file).is_file() for file in FILES):
+            if any((folder / file).is_file() for file in WEIGHT_FILES):
                 break
     except Exception as error:  # of several libraries, by version
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConnectionError(
             f"model.weights {hub_id!r} is not a local file or folder, and Hugging Face's hub did not provide it: "
-            f"{reason[0]}"
+            f"{first_line(error)}"
         ) from error
     return folder
 
@@ -136,7 +140,9 @@ def _preprocessing(folder: Path) -> Preprocessing:
     config = _read_json(file)
     try:
         return _sides_and_colours(config)
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        raise InputError(f"{file}: a value has the wrong type ({error}).") from error
+    except ValueError as error:
         raise InputError(f"{file}: {error}") from error
 
 
@@ -206,16 +212,19 @@ def weight_files(folder: Path) -> list[Path]:
         FileNotFoundError: The folder has none, or one of several is missing.
         InputError: The index of several files cannot be read.
     """
-    for name in FILES:
+    for name in WEIGHT_FILES:
         file = folder / name
         if file.is_file() and name.endswith(".index.json"):
-            shards = [folder / Path(shard).name for shard in sorted(set(_read_json(file)["weight_map"].values()))]
+            weight_map = _read_json(file).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+                raise InputError(f"{file} has no weight_map that names a file for each tensor. Download it again.")
+            shards = [folder / Path(shard).name for shard in sorted(set(weight_map.values()))]
             if missing := [shard.name for shard in shards if not shard.is_file()]:
                 raise FileNotFoundError(f"{file} lists {missing[0]}, which does not exist. Was the download cut off?")
             return shards
         if file.is_file():
             return [file]
-    raise FileNotFoundError(f"{folder} has a config.json but no weights. Expected one of {', '.join(FILES)}.")
+    raise FileNotFoundError(f"{folder} has a config.json but no weights. Expected one of {', '.join(WEIGHT_FILES)}.")
 
 
 def _read(file: Path) -> dict[str, Tensor]:

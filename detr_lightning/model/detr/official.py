@@ -31,13 +31,11 @@ class Official:
     Attributes:
         file: The name of the file under `BASE_URL`.
         sha256_prefix: The first eight digits of the file's sha256.
-        box_ap: The published box AP on COCO val2017.
         dilation: Whether it is a DC5 model.
     """
 
     file: str
     sha256_prefix: str
-    box_ap: float
     dilation: bool = False
 
     @property
@@ -78,13 +76,13 @@ class Official:
 
 
 OFFICIAL = {
-    "detr_resnet50": Official("detr-r50-e632da11.pth", "e632da11", 42.0),
-    "detr_resnet50_dc5": Official("detr-r50-dc5-f0fb7ef5.pth", "f0fb7ef5", 43.3, dilation=True),
-    "detr_resnet101": Official("detr-r101-2c7b67e5.pth", "2c7b67e5", 43.5),
-    "detr_resnet101_dc5": Official("detr-r101-dc5-a2e86def.pth", "a2e86def", 44.9, dilation=True),
-    "detr_resnet50_panoptic": Official("detr-r50-panoptic-00ce5173.pth", "00ce5173", 38.8),
-    "detr_resnet50_dc5_panoptic": Official("detr-r50-dc5-panoptic-da08f1b1.pth", "da08f1b1", 40.2, dilation=True),
-    "detr_resnet101_panoptic": Official("detr-r101-panoptic-40021d53.pth", "40021d53", 40.1),
+    "detr_resnet50": Official("detr-r50-e632da11.pth", "e632da11"),
+    "detr_resnet50_dc5": Official("detr-r50-dc5-f0fb7ef5.pth", "f0fb7ef5", dilation=True),
+    "detr_resnet101": Official("detr-r101-2c7b67e5.pth", "2c7b67e5"),
+    "detr_resnet101_dc5": Official("detr-r101-dc5-a2e86def.pth", "a2e86def", dilation=True),
+    "detr_resnet50_panoptic": Official("detr-r50-panoptic-00ce5173.pth", "00ce5173"),
+    "detr_resnet50_dc5_panoptic": Official("detr-r50-dc5-panoptic-da08f1b1.pth", "da08f1b1", dilation=True),
+    "detr_resnet101_panoptic": Official("detr-r101-panoptic-40021d53.pth", "40021d53"),
 }
 """The published checkpoints (https://github.com/facebookresearch/detr, its model zoo)."""
 

@@ -69,7 +69,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def server(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setitem(OFFICIAL, NAME, Official(FILE, hashlib.sha256(content).hexdigest()[:8], 43.3, dilation=True))
+    monkeypatch.setitem(OFFICIAL, NAME, Official(FILE, hashlib.sha256(content).hexdigest()[:8], dilation=True))
     with Server(("127.0.0.1", 0), Handler) as server:
         server.content = content
         monkeypatch.setattr(official, "BASE_URL", f"http://127.0.0.1:{server.server_port}/")
