@@ -20,6 +20,7 @@ from detr_lightning.model.detr import DETR, fold
 from detr_lightning.model.family import FamilyDetector
 from detr_lightning.model.labels import compare_names
 from detr_lightning.model.replay import Replay
+from detr_lightning.ranks import gather
 from detr_lightning.system import allow_tf32, keep_freed_memory
 
 
@@ -195,11 +196,12 @@ class DETRExtractor(LightningModule):
             SettingError: The model has no logit for a category of the annotations.
             InputError: Not a single category has the same name in the annotations and the checkpoint.
         """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.results, self.validated, self.skipped = [], [], []
-        self._sizes = {record.image_id: record.size for record in self.trainer.datamodule.records}  # type: ignore[attr-defined]
+        self._sizes = {record.image_id: record.size for record in data.records}
         highest = self.detr.architecture.num_logits - 1 - (self.checkpoint.scoring == "softmax")
         known = self.checkpoint.category_ids or range(highest + 1)
-        beyond = {i: name for i, name in self.trainer.datamodule.categories.items() if i not in known}  # type: ignore[attr-defined]
+        beyond = {i: name for i, name in data.categories.items() if i not in known}
         if beyond:
             some = ", ".join(f"{i} ({name})" for i, name in list(beyond.items())[:5])
             raise SettingError(
@@ -207,7 +209,6 @@ class DETRExtractor(LightningModule):
                 f"Its logits are the category ids {min(known)} to {max(known)}; use weights trained on these "
                 "categories."
             )
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
         differences, none_agrees = compare_names(self.category_names, data.categories)
         if none_agrees:
             raise InputError(
@@ -242,9 +243,7 @@ class DETRExtractor(LightningModule):
             IncompleteError: An image was neither validated nor skipped, or all were skipped.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        shares: list[Any] = [(self.results, self.validated, self.skipped)] * self.trainer.world_size
-        if self.trainer.world_size > 1:
-            torch.distributed.all_gather_object(shares, shares[0])
+        shares = gather(self.trainer, (self.results, self.validated, self.skipped))
         results, self.validated, self.skipped = (
             [one for part in parts for one in part] for parts in zip(*shares, strict=True)
         )

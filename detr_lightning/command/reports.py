@@ -34,7 +34,7 @@ def announcement(job: Job, free: int | None) -> list[RenderableType]:
     assert writer is not None
     run = writer.extraction
     assert run is not None, "call plan first"
-    lines = [f"{model.checkpoint.name}: {model.checkpoint.notes}"]
+    lines: list[RenderableType] = [f"{model.checkpoint.name}: {model.checkpoint.notes}"]
     finished = len(run.finished)
     if finished and not model.checkpoint.sha256:
         lines.append(
@@ -56,7 +56,7 @@ def announcement(job: Job, free: int | None) -> list[RenderableType]:
         lines.append(f"Only queries that score {writer.min_score} or more are kept: the sizes are upper bounds.")
     lines += [device(job.trainer), *cautions(job.trainer)]
     if not data.records:
-        return [*lines]
+        return lines
     record = data.records[0]
     title = f"Each image, such as {record.file_name} ({record.width}x{record.height})"
     table = Table("key", "shape", "dtype", "bytes", title=title, title_justify="left")
@@ -82,9 +82,9 @@ def device(trainer: Trainer) -> str:
 def threads_per_rank(trainer: Trainer) -> int:
     """Return the number of torch threads in each rank: Lightning divides the cores of a node among them."""
     ranks = trainer.num_devices
-    return (
-        torch.get_num_threads() if ranks == 1 or "OMP_NUM_THREADS" in os.environ else max(1, available_cores() // ranks)
-    )
+    if ranks == 1 or "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    return max(1, available_cores() // ranks)
 
 
 def cautions(trainer: Trainer) -> list[str]:

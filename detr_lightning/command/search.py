@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
 
     from detr_lightning.analysis.cached import objects_table, source_of
     from detr_lightning.analysis.search import ObjectSearch
+    from detr_lightning.query import query_objects
 
     store = EmbeddingStore(options.folder)
     sheet = _sheet(options.sheet)
@@ -49,8 +50,6 @@ def run(options: argparse.Namespace) -> int:
     if not len(search):
         raise InputError(f"{table} has no objects to compare with. Write it again with a lower threshold.")
     source = source_of(table)
-    from detr_lightning.query import query_objects
-
     queries = query_objects(
         store,
         options.image,

@@ -85,7 +85,8 @@ def _read_config(verb: str, path: Path) -> dict[str, Any]:
 def _tensor_settings(content: Mapping[str, Any], path: Path) -> list[str]:
     """Return the name of the setting in a config that chooses the tensors, in a list of at most one."""
     model = content.get("model") or {}
-    chosen = [*(["extract_type"] * ("extract_type" in content)), *(["model.keys"] * (model.get("keys") is not None))]
+    given = {"extract_type": "extract_type" in content, "model.keys": model.get("keys") is not None}
+    chosen = [name for name, is_given in given.items() if is_given]
     if len(chosen) == 2:
         raise SettingError(f"{path}: extract_type and model.keys both choose the tensors. Remove one of them.")
     return chosen
