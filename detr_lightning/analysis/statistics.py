@@ -149,13 +149,14 @@ def precision_at_k(
     """Return, for each object, the share of its nearest neighbours by cosine that have its label.
 
     Args:
-        table: Rows with `embedding`, `image_id` and the label.
+        table: Rows with `embedding`, `image_id` and the label. Rows without a label are no neighbours.
         ks: How many neighbours. If there are fewer, all of them count.
         label: The column to compare.
         other_images: Leave out neighbours from the object's own image, which would be too easy.
 
     Returns:
-        A column `precision at k` for each `k`, with the table's index; NaN for an object without any neighbour.
+        A column `precision at k` for each `k`, with the table's index; NaN for an object without a label or without any
+        neighbour.
 
     Raises:
         SettingError: The table has no embeddings, or a `k` is below 1.
@@ -168,6 +169,7 @@ def precision_at_k(
     vectors = torch.from_numpy(unit(embeddings_of(table)))
     image_ids = torch.tensor(table["image_id"].to_numpy(np.int64))
     labels = torch.from_numpy(pd.factorize(table[label])[0])
+    unlabelled = labels < 0
     most = min(max(ks), len(table))
     shares = []
     for rows in torch.arange(len(table)).split(max(_CELLS // len(table), 1)):
@@ -175,6 +177,7 @@ def precision_at_k(
         similarity[torch.arange(len(rows)), rows] = -torch.inf
         if other_images:
             similarity[image_ids[rows, None] == image_ids] = -torch.inf
+        similarity[unlabelled[rows, None] | unlabelled] = -torch.inf
         best, nearest = similarity.topk(most)  # [rows, most]
         valid = best.isfinite()
         hits = ((labels[nearest] == labels[rows, None]) & valid).cumsum(1)
@@ -194,7 +197,7 @@ def typicality(table: pd.DataFrame, label: str = "category_id") -> pd.Series[flo
         label: The column of the labels.
 
     Returns:
-        A number for each row; NaN if no other object has its label.
+        A number for each row; NaN if it has no label, or no other object has the same.
 
     Raises:
         SettingError: The table has no embeddings.
@@ -202,8 +205,9 @@ def typicality(table: pd.DataFrame, label: str = "category_id") -> pd.Series[flo
     if table.empty:
         return pd.Series(index=table.index, dtype=float)
     vectors = unit(embeddings_of(table)).astype(np.float64)
-    codes, names = pd.factorize(table[label])
+    codes, names = pd.factorize(table[label], use_na_sentinel=False)
     sums = np.zeros((len(names), vectors.shape[1]))
     np.add.at(sums, codes, vectors)
     cosine = (vectors * unit(sums[codes] - vectors)).sum(1)
-    return pd.Series(np.where(np.bincount(codes)[codes] > 1, cosine, np.nan), index=table.index)
+    shared = (np.bincount(codes)[codes] > 1) & table[label].notna()
+    return pd.Series(np.where(shared, cosine, np.nan), index=table.index)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -134,3 +137,20 @@ def test_typicality_leaves_the_object_itself_out() -> None:
     assert found.tolist()[:3] == pytest.approx([0, np.sqrt(0.5), np.sqrt(0.5)])
     assert np.isnan(found[6])
     assert typicality(table[:0]).empty
+
+
+@pytest.mark.parametrize("labels", [["cat", None, "cat", None, "dog"], pd.array([1, None, 1, None, 2], "Int64")])
+def test_objects_without_a_label_are_no_neighbours(labels: Sequence[Any]) -> None:
+    vectors = [np.array([1, angle], np.float32) for angle in (0, 0.1, 0.3, 0.2, 0.5)]
+    table = pd.DataFrame({"image_id": range(5), "name": labels, "embedding": vectors})
+    table.index = [0, 0, 1, 1, 2]  # Tables may have been concatenated.
+    known = table[table.name.notna()]
+    found = precision_at_k(table, (1, 2, 9), "name")
+    assert found[table.name.isna()].isna().all(axis=None)
+    assert found[table.name.notna()].equals(precision_at_k(known, (1, 2, 9), "name"))
+    typical = typicality(table, "name")
+    assert typical[table.name.isna()].isna().all()
+    assert typical[table.name.notna()].equals(typicality(known, "name"))
+    none = table.assign(name=None)
+    assert precision_at_k(none, (1,), "name").isna().all(axis=None)
+    assert typicality(none, "name").isna().all()
