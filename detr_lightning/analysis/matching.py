@@ -16,6 +16,11 @@ from detr_lightning.store.store import EmbeddingStore
 import pandas as pd  # isort: skip
 
 
+_OF_DETECTION = ("query", "score", *CORNERS, "embedding")
+_OWN = {"annotation_id", "file_name", "category", "area_class", "found", "iou", *_OF_DETECTION}
+"""The columns that `match` fills itself. An annotation's own field of such a name would be mistaken for them."""
+
+
 class Match(NamedTuple):
     """Annotated objects joined with detections."""
 
@@ -48,10 +53,11 @@ def match(
         same_category: Whether a detection must have the annotated category. `category` is always the annotation's.
 
     Returns:
-        `annotated`: a row for each annotated object of the store's images, with every field of its annotation (its
-        `id` is `annotation_id`), `file_name`, `category`, `area_class` (small, medium, large), `found`, and, if it
-        was found, `query`, `score`, `iou`, the corners of the detected box, and `embedding`. `unmatched`: the other
-        detections; `on_crowd` is True for one that overlaps a crowd, which COCO does not count as an error.
+        `annotated`: a row for each annotated object of the store's images, with `annotation_id` (its `id`),
+        `file_name`, `category`, `area_class` (small, medium, large), `found`, and, if it was found, `query`, `score`,
+        `iou`, the corners of the detected box, and `embedding`. Every other field of the annotation is a column too.
+        `unmatched`: the other detections; `on_crowd` is True for one that overlaps a crowd, which COCO does not count
+        as an error.
 
     Raises:
         FileNotFoundError: There is no such annotation file.
@@ -70,7 +76,7 @@ def match(
         if annotation["image_id"] in ground_truth:
             ground_truth[annotation["image_id"]].append(annotation)
 
-    fields = [name for name in ("query", "score", *CORNERS, "embedding") if name in detections]
+    fields = [name for name in _OF_DETECTION if name in detections]
     values = {name: detections[name].tolist() for name in fields}
     rows: list[dict[str, Any]] = []
     taken: set[int] = set()
@@ -91,7 +97,7 @@ def match(
                 continue
             position = of_annotation.get(number)
             row: dict[str, Any] = {"annotation_id": annotation.get("id")}
-            row.update((name, value) for name, value in annotation.items() if name != "id")
+            row.update((name, value) for name, value in annotation.items() if name != "id" and name not in _OWN)
             row["file_name"] = store.entry(image_id).file_name
             row["category"] = content.categories[annotation["category_id"]]
             row["area_class"] = sizes[number]

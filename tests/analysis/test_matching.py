@@ -63,6 +63,21 @@ def test_missed_objects_and_unmatched_detections(
     assert unmatched.image_id.value_counts().to_dict() == {7: 3}
 
 
+def test_fields_of_annotations_do_not_pass_for_those_of_detections(
+    store: EmbeddingStore, annotation_file: Path, content: dict[str, Any]
+) -> None:
+    table = objects(store, image_ids=[7])  # The objects of the other images are missed.
+    expected = match(store, annotation_file, table).annotated
+    for annotation in content["annotations"]:
+        own = ("annotation_id", "file_name", "category", "area_class", "found", "query", "score", "iou", "x1")
+        annotation.update(dict.fromkeys((*own, "embedding"), 5), source="drawn")
+    path = rewrite(annotation_file, annotations=content["annotations"])
+    annotated = match(store, path, table).annotated
+    assert annotated.found.tolist() == [True] * 3 + [False] * 9
+    assert annotated.source.tolist() == ["drawn"] * 12
+    pd.testing.assert_frame_equal(annotated[list(expected)], expected)
+
+
 def test_by_place_alone_an_object_with_another_name_is_found(
     store: EmbeddingStore, annotation_file: Path, content: dict[str, Any]
 ) -> None:
