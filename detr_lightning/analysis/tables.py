@@ -144,11 +144,12 @@ def _schema(reader: ObjectReader) -> pa.Schema:
 def describe(store: EmbeddingStore, reader: ObjectReader | None = None) -> dict[str, Any]:
     """Return the origin of a table's objects, as its file records it: the store, and how its objects were read."""
     model = store.metadata_file.model
+    metadata = None if store.folder is None else store.folder / METADATA
     source: dict[str, Any] = {
         "folder": store.location,
         "model_sha256": model and model.sha256,
         "images": len(store),
-        "written": None if store.folder is None else (store.folder / METADATA).stat().st_mtime_ns,
+        "written": metadata.stat().st_mtime_ns if metadata and metadata.is_file() else None,
     }
     if reader is not None:
         given = reader.annotation_file

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from coco_factory import Coco
 from ran import RunCLI
 
 from detr_lightning import EmbeddingStore
+from detr_lightning.analysis.objects import objects, write_objects
 from detr_lightning.extractor import DETRExtractor
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -47,6 +49,8 @@ def test_a_partial_store_has_what_is_finished(run_cli: RunCLI, coco_folder: Coco
     assert torch.equal(vectors[0], torch.load(files[0])["query_embeddings"])
     assert store.categories
     assert store.image_path(ids[0]).is_file()
+    path = write_objects(store, folder.parent / "objects.parquet", 0.0)
+    assert pd.read_parquet(path).score.tolist() == objects(store, 0.0).score.tolist()
 
     said = run_cli("summary", folder)
     assert said.code == 0, said.err
