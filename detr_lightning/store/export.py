@@ -61,7 +61,8 @@ def export(
         OSError: A file cannot be written.
         MissingPackageError: The format's package is not installed.
         SettingError: As for `EmbeddingStore.stack`; or the format is unknown, the output has another format's ending
-            or lies in the store's folder, or no detection reaches the threshold.
+            or lies in the store's folder, no detection reaches the threshold, or no image kept a query and the format
+            is `parquet`.
     """
     check_choice("format", format, SUFFIXES)
     path = output_path(store, output, SUFFIXES[format], overwrite, ".ids.npy" if format == "npy" else "")
@@ -100,10 +101,10 @@ def output_path(
         SettingError: Its name has another ending, it is a folder, or it lies in the store's folder.
     """
     path = Path(output).expanduser()
-    if path.suffix != suffix:
-        raise SettingError(f"{path} does not end in {suffix}. Name the file {path.with_suffix(suffix).name}.")
     if path.is_dir():
         raise SettingError(f"{path} is a folder. Name a file to write.")
+    if path.suffix != suffix:
+        raise SettingError(f"{path} does not end in {suffix}. Name the file {path.with_suffix(suffix).name}.")
     if store.folder is not None and path.resolve().is_relative_to(store.folder.resolve()):
         raise SettingError(
             f"{path} lies in the extraction's own folder, which must contain nothing else. Write elsewhere."
@@ -146,6 +147,11 @@ def _write_parquet(path: Path, key: str, blocks: Iterator[tuple[list[int], Tenso
         raise MissingPackageError("Parquet needs pyarrow: pip install 'detr-lightning[analysis]'.") from error
 
     def table(ids: list[int], block: Tensor) -> Any:
+        if not block[0].numel():
+            raise SettingError(
+                f"Each image's {key} has shape {list(block.shape[1:])}, since no query was kept. Parquet cannot store "
+                "vectors of length 0: export to npy or safetensors."
+            )
         flat = pa.array(block.float().flatten().numpy())
         columns = {
             "image_id": pa.array(ids, pa.int64()),

@@ -102,6 +102,14 @@ def test_an_export_that_fails_leaves_what_was_there(store: EmbeddingStore, tmp_p
     assert not list(tmp_path.glob(".*"))
 
 
+def test_parquet_cannot_store_empty_vectors(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", num_queries=0, content=annotations_of(objects=0))
+    assert np.load(export(store, tmp_path / "a.npy")[0]).shape == (4, 0, 16)
+    with pytest.raises(ValueError, match=r"query_embeddings has shape \[0, 16\].* export to npy"):
+        export(store, tmp_path / "a.parquet", "parquet")
+    assert not (tmp_path / "a.parquet").exists()
+
+
 def test_where_an_export_may_go(store: EmbeddingStore, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format is 'csv'"):
         export(store, tmp_path / "a.csv", "csv")
@@ -117,6 +125,8 @@ def test_where_an_export_may_go(store: EmbeddingStore, tmp_path: Path) -> None:
     (tmp_path / "folder.npy").mkdir()
     with pytest.raises(ValueError, match="is a folder"):
         export(store, tmp_path / "folder.npy")
+    with pytest.raises(ValueError, match=r"^\. is a folder"):
+        export(store, ".")
     with pytest.raises(ValueError, match="No image of"):
         export(store, tmp_path / "a.npy", image_ids=[])
 
