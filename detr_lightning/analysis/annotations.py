@@ -33,10 +33,7 @@ class GroundTruth:
         ordered = sorted(annotations, key=lambda annotation: annotation["image_id"])
         self._image_ids = np.array([annotation["image_id"] for annotation in ordered], np.int64)
         self._annotated = Annotated.of(ordered)
-        ids = [annotation.get("id") for annotation in ordered]
-        # An id may be text. Then all are stored as text, since a column of a file has one type.
-        whole = all(type(number) is int for number in ids)
-        self._ids = np.array(ids if whole else [None if number is None else str(number) for number in ids], object)
+        self._ids = np.array(annotation_ids(ordered), object)
         self._categories = dict(categories)
         self.no_rows = {name: np.empty(0, object) for name in COMPARED} | {"iou": np.empty(0, np.float64)}
         """The columns of `compare`, with no rows."""
@@ -68,6 +65,17 @@ class GroundTruth:
             "annotated_category": of_annotated([self._categories[number] for number in numbers]),
             "iou": np.where(near, found.iou, np.nan),
         }
+
+
+def annotation_ids(annotations: Iterable[Mapping[str, Any]]) -> list[int] | list[str | None]:
+    """Return the `id` of each annotation, which may be of any type or missing.
+
+    They become one column of a file, which has one type: all are text unless all are integers of 64 bits.
+    """
+    ids = [annotation.get("id") for annotation in annotations]
+    if all(type(number) is int and abs(number) < 2**63 for number in ids):
+        return ids
+    return [None if number is None else str(number) for number in ids]
 
 
 def read_ground_truth(annotation_file: str | os.PathLike[str], store: EmbeddingStore) -> GroundTruth:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from detr_lightning.analysis.annotations import read_annotations
+from detr_lightning.analysis.annotations import annotation_ids, read_annotations
 from detr_lightning.analysis.objects import CORNERS, objects
 from detr_lightning.analysis.overlap import Annotated, area_classes, assign, check_iou
 from detr_lightning.store.store import EmbeddingStore
@@ -53,11 +53,11 @@ def match(
         same_category: Whether a detection must have the annotated category. `category` is always the annotation's.
 
     Returns:
-        `annotated`: a row for each annotated object of the store's images, with `annotation_id` (its `id`),
-        `file_name`, `category`, `area_class` (small, medium, large), `found`, and, if it was found, `query`, `score`,
-        `iou`, the corners of the detected box, and `embedding`. Every other field of the annotation is a column too.
-        `unmatched`: the other detections; `on_crowd` is True for one that overlaps a crowd, which COCO does not count
-        as an error.
+        `annotated`: a row for each annotated object of the store's images, with `annotation_id` (its `id`, as text
+        unless all are integers), `file_name`, `category`, `area_class` (small, medium, large), `found`, and, if it was
+        found, `query`, `score`, `iou`, the corners of the detected box, and `embedding`. Every other field of the
+        annotation is a column too. `unmatched`: the other detections; `on_crowd` is True for one that overlaps a
+        crowd, which COCO does not count as an error.
 
     Raises:
         FileNotFoundError: There is no such annotation file.
@@ -72,9 +72,9 @@ def match(
     by_image = detections.groupby("image_id").indices
 
     ground_truth: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in store}
-    for annotation in content.annotations:
-        if annotation["image_id"] in ground_truth:
-            ground_truth[annotation["image_id"]].append(annotation)
+    annotations = [annotation for annotation in content.annotations if annotation["image_id"] in ground_truth]
+    for annotation, number in zip(annotations, annotation_ids(annotations), strict=True):
+        ground_truth[annotation["image_id"]].append({**annotation, "id": number})
 
     fields = [name for name in _OF_DETECTION if name in detections]
     values = {name: detections[name].tolist() for name in fields}
@@ -96,7 +96,7 @@ def match(
             if annotation["iscrowd"]:
                 continue
             position = of_annotation.get(number)
-            row: dict[str, Any] = {"annotation_id": annotation.get("id")}
+            row: dict[str, Any] = {"annotation_id": annotation["id"]}
             row.update((name, value) for name, value in annotation.items() if name != "id" and name not in _OWN)
             row["file_name"] = store.entry(image_id).file_name
             row["category"] = content.categories[annotation["category_id"]]

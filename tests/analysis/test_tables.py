@@ -11,6 +11,7 @@ from pyarrow import parquet
 from store_factory import annotations_of, make_store
 
 from detr_lightning.analysis import reader, tables
+from detr_lightning.analysis.matching import match
 from detr_lightning.analysis.objects import objects, write, write_objects
 from detr_lightning.analysis.overlap import OUTCOMES
 from detr_lightning.store import EmbeddingStore
@@ -85,11 +86,21 @@ def test_each_detection_has_its_outcome(content: dict[str, Any], tmp_path: Path)
     assert stricter.outcome[6] == "localization"
 
 
-def test_annotation_ids_may_be_text(store: EmbeddingStore, content: dict[str, Any], tmp_path: Path) -> None:
-    content["annotations"][0]["id"] = "a1"
-    path = write_json(tmp_path / "instances.json", content)
-    read = pd.read_parquet(write_objects(store, tmp_path / "objects.parquet", annotation_file=path))
-    assert read.annotation_id.tolist()[:2] == ["a1", "2"]
+@pytest.mark.parametrize(
+    ("first", "second"), [("a1", "2"), (2**63, "2"), (-(2**70), "2"), (1.5, "2"), (None, "2"), (2**63 - 1, 2)]
+)
+def test_annotation_ids_may_be_of_any_type(
+    store: EmbeddingStore, content: dict[str, Any], tmp_path: Path, first: Any, second: Any
+) -> None:
+    content["annotations"][0]["id"] = first
+    annotations = write_json(tmp_path / "instances.json", content)
+    expected = [str(first) if first and isinstance(second, str) else first, second]
+    for path in (
+        write_objects(store, tmp_path / "streamed.parquet", annotation_file=annotations),
+        write(objects(store, annotation_file=annotations), tmp_path / "objects.parquet"),
+        write(match(store, annotations).annotated, tmp_path / "matched.parquet"),
+    ):
+        assert parquet.read_table(path)["annotation_id"].to_pylist()[:2] == expected
 
 
 def test_nothing_found_is_an_empty_file(store: EmbeddingStore, tmp_path: Path) -> None:
