@@ -118,16 +118,23 @@ class ObjectSearch:
         return np.asarray(values), np.asarray(rows)
 
     def _width(self) -> int:
-        return int(self._file.schema_arrow.field("embedding").type.list_size)
+        """Return the length of the vectors; 0 if the file does not record one, as `write` for an empty table."""
+        column = self._file.schema_arrow.field("embedding").type
+        return int(column.list_size) if pa.types.is_fixed_size_list(column) else 0
 
     def _blocks(self) -> Iterator[np.ndarray]:
         """Yield the vectors of each row group, scaled to length 1."""
         width = self._width()
-        for number in range(self._file.num_row_groups):
+        for number in range(self._file.num_row_groups if len(self) else 0):
             column = self._file.read_row_group(number, ["embedding"])["embedding"].combine_chunks()
             if column.null_count:
                 raise InputError(
                     f"{self.path} has objects without an embedding, since they were missed. Leave them out."
+                )
+            if not width:
+                raise InputError(
+                    f"{self.path} has embeddings of type {column.type}, not vectors of one length. "
+                    "Write the table with `write` of detr_lightning.analysis.objects."
                 )
             yield unit(column.flatten().to_numpy().reshape(-1, width).astype(np.float32, copy=False))
 

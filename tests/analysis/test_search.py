@@ -48,8 +48,21 @@ def test_the_nearest_by_cosine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_an_empty_table_has_no_neighbours(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store")
     with pytest.warns(UserWarning, match="No query of"):
-        path = write_objects(store, tmp_path / "objects.parquet", 1.0)
-    assert ObjectSearch(path).search(np.ones(16)).empty
+        streamed = write_objects(store, tmp_path / "objects.parquet", 1.0)
+    with pytest.warns(UserWarning, match="No query of"):
+        written = write(objects(store, 1.0), tmp_path / "frame.parquet")
+    for path in (streamed, written):
+        assert ObjectSearch(path).search(np.ones(16)).empty
+
+
+def test_tables_whose_vectors_cannot_be_compared(tmp_path: Path) -> None:
+    table = objects(make_store(tmp_path / "store"))
+    table.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"embeddings of type list<element: float>, not vectors .* Write the table"):
+        ObjectSearch(tmp_path / "a.parquet")
+    missed = write(table.assign(embedding=None), tmp_path / "missed.parquet")
+    with pytest.raises(ValueError, match="objects without an embedding, since they were missed"):
+        ObjectSearch(missed)
 
 
 def test_the_index_finds_nearly_all_and_is_made_once(tmp_path: Path) -> None:
