@@ -98,6 +98,9 @@ def test_attention_of_the_likeliest_or_of_chosen_queries(store: EmbeddingStore, 
     figure = plots.attention(store, 7, query=[1, 0], layer=0)
     drawn(figure, tmp_path / "a.png")
     assert [text.split(":")[0] for text in texts(figure)] == ["query 1", "query 0"]
+    table = objects(store, image_ids=[7])  # Its numbers are NumPy's.
+    assert texts(plots.attention(store, 7, query=table["query"][1]))[0].startswith("query 1:")
+    assert len(texts(plots.attention(store, 7, query=table["query"][:3]))) == 3
     figure = plots.attention(store, 7, query=range(8))  # Three rows of three.
     assert [axes.axison for axes in figure.axes] == [False] * 9
     with pytest.raises(ValueError, match="no query 10; image 7 has 0 to 9"):
@@ -117,6 +120,8 @@ def test_neighbours_are_the_most_similar_of_other_images(store: EmbeddingStore, 
     best = np.sort(similarity)[::-1][:3]
     assert titles[0] == table.category[0]
     assert [title.split()[-1] for title in titles[1:4]] == [f"{value:.2f}" for value in best]
+    best = table.score.argmax()
+    assert plots.neighbours(store, table, best).axes[0].get_title() == table.category[best]
     with pytest.raises(ValueError, match="there is no row 99"):
         plots.neighbours(store, table, 99)
     with pytest.raises(ValueError, match="no other object"):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def neighbours(
     store: EmbeddingStore,
     table: pd.DataFrame,
-    index: int | Sequence[int] = 0,
+    index: int | np.integer | Sequence[int] = 0,
     *,
     k: int = 6,
     image_dir: str | os.PathLike[str] | None = None,
@@ -43,7 +43,7 @@ def neighbours(
         FileNotFoundError: An image file does not exist.
         SettingError: The table has no embeddings, no such row, or too few objects.
     """
-    starts = [index] if isinstance(index, int) else list(index)
+    starts = np.atleast_1d(index).tolist()
     vectors = unit(embeddings_of(table))
     if outside := [start for start in starts if not -len(table) <= start < len(table)]:
         raise SettingError(f"there is no row {outside[0]}; the table has {len(table)} rows.")

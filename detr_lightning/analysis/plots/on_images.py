@@ -67,7 +67,7 @@ def detections(
 def attention(
     store: EmbeddingStore,
     image_id: int,
-    query: int | Sequence[int] | None = None,
+    query: int | np.integer | Sequence[int] | None = None,
     *,
     layer: int = -1,
     image_dir: str | os.PathLike[str] | None = None,
@@ -98,7 +98,7 @@ def attention(
         table = _objects(store, image_id, threshold)
         table = table.sort_values("score", ascending=False).head(4)
     else:
-        queries = [query] if isinstance(query, int) else list(query)
+        queries = np.atleast_1d(query).tolist()
         table = _objects(store, image_id, store.min_score or 0.0).set_index("query", drop=False)
         if unknown := [number for number in queries if number not in table.index]:
             available = f"0 to {len(table) - 1}" if store.min_score is None else ", ".join(map(str, table.index))
