@@ -66,8 +66,9 @@ def by_group(
         raise SettingError(f"the table has no column {absent[0]!r}, only {', '.join(map(str, table))}.")
     if not 0 < level < 1 or draws < 1:
         raise SettingError(f"level is {level} and draws is {draws}; level must be between 0 and 1, draws at least 1.")
-    values = table[["image_id", group]].assign(value=table[column].astype(float)).dropna()
-    cells = values.groupby(["image_id", group], observed=True)["value"].agg(["sum", "size"]).unstack(fill_value=0)
+    table = table[table[column].notna()]
+    values = table[column].astype(float).groupby([table["image_id"], table[group]], observed=True)
+    cells = values.agg(["sum", "size"]).unstack(fill_value=0)
     if cells.empty:
         summary = pd.DataFrame({"objects": [], "images": [], "mean": [], "low": [], "high": []})
         return GroupMeans(summary, pd.DataFrame(index=range(draws)), level)

@@ -65,6 +65,26 @@ def test_the_interval_of_a_difference_uses_the_same_draws() -> None:
     assert (low, high) == pytest.approx(tuple((means.draws[0] - means.draws[1]).quantile([0.025, 0.975])))
 
 
+@pytest.mark.parametrize("name", ["value", "sum", "group"])
+def test_a_column_of_any_name_can_be_grouped(name: str) -> None:
+    table = rows(20, objects=3).astype({"found": float})
+    table.index = np.arange(60) // 2  # Tables may have been concatenated.
+    table.loc[[4, 5], "found"] = np.nan  # Four objects.
+    expected = by_group(table, "size", "found")
+    assert expected.summary.objects.sum() == 56
+    means = by_group(table.rename(columns={"size": name}), name, "found")
+    assert means.summary.index.name == name
+    pd.testing.assert_frame_equal(means.summary, expected.summary, check_names=False)
+    assert means.difference(0, 1) == expected.difference(0, 1)
+
+
+def test_images_can_be_groups() -> None:
+    table = rows(6, objects=3)
+    summary = by_group(table, "image_id", "found").summary
+    assert summary.images.tolist() == [1] * 6
+    assert summary["mean"].tolist() == table.groupby("image_id").found.mean().tolist()
+
+
 def test_an_empty_table_has_no_groups() -> None:
     means = by_group(rows(5)[:0], "size", "found")
     assert means.summary.empty
