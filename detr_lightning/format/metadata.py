@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from detr_lightning.format.image_lines import ImageLines
 from detr_lightning.format.names import ID_DIGITS, MAX_ID, METADATA, RUN, STATE
 from detr_lightning.format.schema import FILES, RunRecord, parse_categories
 
-_REQUIRED = ("image_ids", "num_images", "extract_type", "embedding_keys", "images")
+_REQUIRED = ("num_images", "extract_type", "embedding_keys")
 """Without these fields a `metadata.json` cannot be read."""
 
 AGAIN = (
@@ -74,24 +74,15 @@ class MetadataFile:
 
     def _parse(self, data: bytes, *, whole: bool = True) -> dict[str, Any]:
         path = self.path
-        try:
-            content = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} is not JSON ({error}). Restore it, or remove it and extract again.") from error
-        missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
-        if missing:
-            raise InputError(f"{path} was written by another program, or is too old: it lacks {', '.join(missing)}.")
-        ids, images, keys = content["image_ids"], content["images"], content["embedding_keys"]
+        content = parse_metadata(data, path, ("image_ids", *_REQUIRED, "images"))
+        ids, images = content["image_ids"], content["images"]
         if not isinstance(ids, list) or not all(type(image_id) is int and 0 <= image_id <= MAX_ID for image_id in ids):
             raise InputError(f"{path}: image_ids is not a list of image ids (integers of at most {ID_DIGITS} digits).")
         if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
             raise InputError(f"{path}: images is not a list of objects.")
         if whole and [image.get("id") for image in images] != ids:
             raise InputError(f"{path}: images does not list the images of image_ids in their order.")
-        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise InputError(f"{path}: embedding_keys is not a list of names.")
-        parsed: dict[str, Any] = content
-        return parsed
+        return content
 
     @property
     def image_ids(self) -> list[int]:
@@ -209,6 +200,32 @@ class MetadataFile:
     def _list(self, name: str) -> list[Any]:
         value = self._header.get(name)
         return value if isinstance(value, list) else []
+
+
+def parse_metadata(data: bytes, path: Path | str, required: Sequence[str] = _REQUIRED) -> dict[str, Any]:
+    """Return the content of a `metadata.json`.
+
+    Args:
+        data: The file's content.
+        path: The file's name in messages.
+        required: The fields that it must have; by default those of a table.
+
+    Raises:
+        InputError: The file is not JSON, or was not written by this program.
+    """
+    advice = "Restore it, or remove it and extract again."
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}). {advice}") from error
+    if missing := [name for name in required if not isinstance(content, dict) or name not in content]:
+        lacks = ", ".join(missing)
+        raise InputError(f"{path} was written by another program, or is too old: it lacks {lacks}. {advice}")
+    keys = content["embedding_keys"]
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise InputError(f"{path}: embedding_keys is not a list of names. {advice}")
+    parsed: dict[str, Any] = content
+    return parsed
 
 
 def read_metadata(folder: Path, *, unfinished: bool = False) -> MetadataFile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -15,7 +14,7 @@ from detr_lightning.errors import InputError, SettingError
 from detr_lightning.format import object_store
 from detr_lightning.format.entries import ImageEntry, SkippedImage
 from detr_lightning.format.files import json_is_unchanged
-from detr_lightning.format.metadata import AGAIN, MetadataFile
+from detr_lightning.format.metadata import AGAIN, MetadataFile, parse_metadata
 from detr_lightning.format.names import METADATA, is_url
 from detr_lightning.format.schema import LANCE, Metadata
 from detr_lightning.format.table import PLANNED, Table, TableReader
@@ -143,11 +142,8 @@ def open_table(output_dir: str, partial: bool = False) -> tuple[TableMetadata, T
         if partial:
             return _so_far(output_dir)
         raise FileNotFoundError(f"{output_dir} holds an unfinished extraction. {AGAIN}")
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{output_dir}/{METADATA} is not JSON ({error}). Remove it and extract again.") from error
-    if not isinstance(content, dict) or content.get("layout") != LANCE:
+    content = parse_metadata(data, f"{output_dir}/{METADATA}")
+    if content.get("layout") != LANCE:
         raise InputError(
             f"{output_dir}/{METADATA} does not belong to the table beside it. Remove it and extract again."
         )

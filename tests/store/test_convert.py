@@ -18,6 +18,7 @@ from store_factory import edit_metadata
 
 from detr_lightning import EmbeddingStore
 from detr_lightning.command.main import main
+from detr_lightning.format.names import METADATA
 from detr_lightning.store.convert import convert
 from detr_lightning.store.verify import verify
 
@@ -53,6 +54,24 @@ def test_skipped_images_stay_listed(store: EmbeddingStore, tmp_path: Path) -> No
     table = convert(store.folder, tmp_path / "table")
     assert table.metadata["failed"] == skipped
     assert convert(tmp_path / "table", tmp_path / "back").metadata["failed"] == skipped
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "it lacks num_images, extract_type, embedding_keys"),
+        ('{"layout": "lance", "num_images": 4, "extract_type": "decoder"}', "it lacks embedding_keys. Restore it"),
+        ('{"num_images": 4, "extract_type": "decoder", "embedding_keys": [7]}', "embedding_keys is not a list"),
+        ('{"num_images": 4, "extract_type": "decoder", "embedding_keys": []}', "does not belong to the table"),
+    ],
+)
+def test_foreign_metadata_of_a_table(store: EmbeddingStore, tmp_path: Path, content: str, message: str) -> None:
+    path = Path(convert(store.folder, tmp_path / "table").location, METADATA)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"{path}.*{message}"):
+        EmbeddingStore(tmp_path / "table")
+    assert len(verify(tmp_path / "table")) == 1
 
 
 @pytest.mark.parametrize("existed", [False, True], ids=["new folder", "empty folder"])
