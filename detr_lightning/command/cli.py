@@ -18,8 +18,9 @@ from rich.filesize import decimal
 
 from detr_lightning import shipped
 from detr_lightning.command import reports
-from detr_lightning.command.endings import exit_code, plain_warnings, this_rank
+from detr_lightning.command.endings import exit_code, this_rank
 from detr_lightning.command.parser import CommandError, CommandParser
+from detr_lightning.command.plain_warnings import plain_warnings
 from detr_lightning.command.settings import LINKS
 from detr_lightning.data.datamodule import COCODataModule, require_all_batches
 from detr_lightning.data.files import image_folder
@@ -235,7 +236,7 @@ def run(verb: str, words: Sequence[str]) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def command() -> None:
-        with quiet_lightning(), plain_warnings(), sigterm_as_interrupt():
+        with quiet_lightning(), plain_warnings(lambda: this_rank() == 0), sigterm_as_interrupt():
             DETRCLI(verb, words)
 
     return exit_code(command, kept=KEPT if verb == "predict" else "")  # validate keeps no results

@@ -1,18 +1,15 @@
-"""Exit codes, error messages and warnings of `predict` and `validate`."""
+"""Exit codes and error messages of `predict` and `validate`."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import DistError
 
-from detr_lightning.errors import DETRLightningError, DETRLightningWarning
+from detr_lightning.errors import DETRLightningError
 
 FAILURES = {
     "out of memory": "The device is out of memory ({}). Set data.batch_size lower.",
@@ -60,24 +57,6 @@ def exit_code(run: Callable[[], object], kept: str = "") -> int:
                     return _fail(message.format(line.strip()), 1, kept)
         raise
     return 0
-
-
-@contextlib.contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Print this package's warnings as one line, without the file name and line number."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", DETRLightningWarning)
-        show = warnings.showwarning
-
-        def show_plain(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-            if issubclass(category, DETRLightningWarning):
-                if this_rank() == 0:
-                    print(f"Warning: {message}", file=sys.stderr, flush=True)
-            else:
-                show(message, category, *place, **more)
-
-        warnings.showwarning = show_plain
-        yield
 
 
 def _fail(message: str, code: int, kept: str = "") -> int:

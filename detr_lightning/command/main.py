@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from detr_lightning import __version__
+from detr_lightning.command.plain_warnings import plain_warnings
 from detr_lightning.command.settings import help_of, help_of_trainer
 from detr_lightning.command.verbs import VERBS, load_verb
 from detr_lightning.command.words import checked_words
@@ -53,7 +54,7 @@ def _run(words: Sequence[str]) -> int:
     module = load_verb(name)
     parser = VerbParser(name)
     module.add_arguments(parser)
-    with sigterm_as_interrupt():
+    with sigterm_as_interrupt(), plain_warnings():
         return module.run(parser.parse_args(rest))
 
 

@@ -114,6 +114,24 @@ def test_evaluate_gives_what_validate_gives(run_cli: RunCLI, tmp_path: Path) -> 
     assert shown == {name: f"{value:.3f}" for name, value in numbers.items() if name != "images"}
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "objects"])
+def test_warnings_are_printed_as_one_line(
+    store: EmbeddingStore, annotations: Path, tmp_path: Path, capsys: Capture, verb: str
+) -> None:
+    content = annotations_of()
+    content["categories"][0]["name"] = "parrot"
+    annotations.write_text(json.dumps(content))
+    output = tmp_path / {"evaluate": "metrics.json", "objects": "objects.parquet"}[verb]
+    argv = [verb, str(store.folder), "--annotations", str(annotations), "--output", str(output)]
+    for _ in range(2):  # Also where the same warning was shown before.
+        assert main(argv) == 0
+        assert capsys.readouterr().err == (
+            f"Warning: {annotations} and {store.name} name categories differently: "
+            "1 is 'parrot' in the annotations and 'person' in the model.\n"
+        )
+        output.unlink()
+
+
 def in_new_process(script: str, *paths: Path) -> str:
     """Run Python code that knows `folder`, `annotations` and `output`, and return what it printed to stderr."""
     script = "import sys\nfolder, annotations, output = sys.argv[1:]\n" + script
