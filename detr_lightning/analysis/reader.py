@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detr_lightning.analysis.annotations import COMPARED, read_ground_truth
 from detr_lightning.analysis.overlap import area_classes, check_iou
-from detr_lightning.errors import SettingError
+from detr_lightning.errors import SettingError, count
 from detr_lightning.parallel import track
 from detr_lightning.store.predictions import Predictions
 from detr_lightning.store.store import EmbeddingStore
@@ -92,6 +92,11 @@ class ObjectReader:
         """Return why no object was found, once all blocks have been read."""
         if not self.ids:
             return f"No image of {self.store.name} was chosen. It has {len(self.store)} images."
+        if self.best_image < 0:
+            return (
+                f"{self.store.name} keeps no query of {count(len(self.ids), 'image')}: none scored "
+                f"{self.store.min_score} or more. Extract into another folder with a lower writer.min_score."
+            )
         return (
             f"No query of {len(self.ids)} images scores {self.threshold} or more; the best is {self.shown_best}, "
             f"in image {self.best_image}. Lower the threshold."

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from pyarrow import parquet
-from store_factory import annotations_of, make_store
+from store_factory import annotations_of, edit_metadata, make_store
 
 from detr_lightning.analysis import reader, tables
 from detr_lightning.analysis.matching import match
@@ -111,6 +111,17 @@ def test_nothing_found_is_an_empty_file(store: EmbeddingStore, tmp_path: Path) -
     assert read.schema == parquet.read_schema(write_objects(store, tmp_path / "b.parquet")).with_metadata(
         read.schema.metadata
     )
+
+
+def test_images_of_which_no_query_was_kept(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", annotations_of(objects=0), num_queries=0)
+    edit_metadata(store.folder, min_score=0.9)
+    store = EmbeddingStore(store.folder)
+    message = r"keeps no query of {}: none scored 0\.9 or more\. Extract .* lower writer\.min_score"
+    with pytest.warns(UserWarning, match=message.format("4 images")):
+        assert objects(store, 0.9).empty
+    with pytest.warns(UserWarning, match=message.format("1 image")):
+        write_objects(store, tmp_path / "objects.parquet", 0.95, image_ids=[7])
 
 
 def test_a_store_without_images(tmp_path: Path) -> None:
