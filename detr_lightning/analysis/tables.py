@@ -109,7 +109,7 @@ def write(table: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     plain = table.copy()
     for column in plain.columns:
         if plain[column].map(lambda value: isinstance(value, dict)).any():
-            plain[column] = plain[column].map(lambda value: None if value is None else json.dumps(value))
+            plain[column] = plain[column].map(json.dumps, na_action="ignore")
     schema = pa.Schema.from_pandas(plain, preserve_index=False)
     vectors = [value for value in plain.get("embedding", ()) if isinstance(value, np.ndarray)]
     if vectors:

@@ -103,6 +103,15 @@ def test_annotation_ids_may_be_of_any_type(
         assert parquet.read_table(path)["annotation_id"].to_pylist()[:2] == expected
 
 
+def test_fields_of_annotations_may_be_objects(store: EmbeddingStore, content: dict[str, Any], tmp_path: Path) -> None:
+    content["annotations"][0]["attributes"] = {"occluded": True}
+    content["annotations"][1]["attributes"] = ["blurred"]
+    content["annotations"][2]["attributes"] = None  # The others have no such field.
+    table = match(store, write_json(tmp_path / "instances.json", content)).annotated
+    read = parquet.read_table(write(table, tmp_path / "matched.parquet"))["attributes"]
+    assert read.to_pylist() == ['{"occluded": true}', '["blurred"]', *[None] * 10]
+
+
 def test_nothing_found_is_an_empty_file(store: EmbeddingStore, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"scores 1\.0 or more; the best is 0\.9"):
         path = write_objects(store, tmp_path / "objects.parquet", 1.0)
