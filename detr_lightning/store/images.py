@@ -119,8 +119,8 @@ class StoredImages(Mapping[int, dict[str, Tensor]]):
             number = operator.index(image_id)
         except TypeError:
             raise UnknownImageError(
-                f"{image_id!r} is not an image id of {self.name}: ids are integers. "
-                "metadata['images'] lists each with its file_name."
+                f"{image_id!r} is not an image id of {self.name}: ids are integers. image_ids lists them, "
+                "and entry(image_id).file_name is an image's file."
             ) from None
         if number in self.metadata_file:
             return number
