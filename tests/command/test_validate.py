@@ -106,7 +106,7 @@ def test_one_meaning_in_any_form_gives_the_same_numbers(
     store = EmbeddingStore(tmp_path / "out")
     path = tmp_path / "annotations.json"
     matched = match(store, path).annotated
-    assert matched.annotation_id.tolist() == [annotation["id"] for annotation in forms["annotations"]]
+    assert matched.annotation_id.tolist() == [str(annotation["id"]) for annotation in forms["annotations"]]
     path.write_text(json.dumps(content), encoding="utf-8-sig")
     reference = match(store, path).annotated
     assert reference.found.sum() >= 7
