@@ -51,6 +51,11 @@ def turned_size(image: Image.Image, exif: str) -> tuple[int, int, int]:
     return (height, width, orientation) if exif == "apply" and orientation >= 5 else (width, height, orientation)
 
 
+def upright(image: Image.Image, exif: str) -> Image.Image:
+    """Return an image as the model sees it: turned by its EXIF tag if `exif` is `apply`."""
+    return ImageOps.exif_transpose(image) if exif == "apply" and orientation_of(image) > 1 else image
+
+
 def read_image(
     source: ImageFile,
     record: ImageRecord,
@@ -91,13 +96,11 @@ def read_image(
                 f"but {record.width}x{record.height} was expected from the annotations or an earlier read{hint}"
             )
             raise UnreadableImageError(reason)
-        turn = exif == "apply" and orientation > 1
         if backend == "torchvision" and processor is None:
-            pixels = _torchvision_pixels(source, image, size, turn)
+            pixels = _torchvision_pixels(source, image, size, exif == "apply" and orientation > 1)
             if pixels is not None:
                 return pixels, orientation
-        if turn:
-            image = ImageOps.exif_transpose(image)  # noqa: PLW2901
+        image = upright(image, exif)  # noqa: PLW2901
         return (to_pixels(image, size) if processor is None else processor(rgb(image), size)), orientation
 
 
@@ -108,7 +111,7 @@ def read_rgb(source: ImageFile, exif: str = "ignore") -> Image.Image:
         UnreadableImageError: The file is empty, broken, too large or not an image.
     """
     with open_image(source) as image:
-        return rgb(ImageOps.exif_transpose(image) if exif == "apply" else image)
+        return rgb(upright(image, exif))
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
