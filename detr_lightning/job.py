@@ -76,11 +76,12 @@ class Job:
 
     def _plan(self) -> bool:
         self.data.use_model(self.model.checkpoint)
-        if self.writer is None:
-            self.data.find_images()
-            complete = False
-        else:
-            complete = self.writer.plan(self.trainer, self.model, self.data).complete
+        with restore_settings():
+            if self.writer is None:
+                self.data.find_images()
+                complete = False
+            else:
+                complete = self.writer.plan(self.trainer, self.model, self.data).complete
         self.model.warn_of_names(self.data)
         self.data.workers(self.trainer)  # raises if they do not fit into shared memory
         return complete

@@ -78,7 +78,7 @@ def prepare(
 
     Raises:
         FileNotFoundError: Only some images exist, or `image_dir` has none of them.
-        InputError: The table has no objects.
+        InputError: The table has no objects, or an image has another size than at the extraction.
         MissingPackageError: Embedding Atlas is not installed.
     """
     from detr_lightning.analysis.tables import fingerprint  # Not at the top: it would name another extra.

@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 
 from PIL import Image
 
 from detr_lightning.data.decode import read_rgb
+from detr_lightning.errors import InputError
 from detr_lightning.store.store import EmbeddingStore
+from detr_lightning.system import restore_settings
+
+_LIMIT = threading.Lock()
+"""Held while Pillow's limit of pixels, which is one for the whole process, is a store's own."""
 
 
 def open_picture(store: EmbeddingStore, image_id: int, image_dir: str | os.PathLike[str] | None = None) -> Image.Image:
-    """Return an image of a store in RGB, in the orientation that the store's boxes refer to.
+    """Return an image of a store in RGB, in the orientation and size that the store's boxes refer to.
 
     Raises:
         UnknownImageError: The store has no such image.
         FileNotFoundError: The image file does not exist.
         UnreadableImageError: It cannot be read.
+        InputError: It has another size than at the extraction.
     """
-    return read_picture(store, store.image_path(int(image_id), image_dir))
+    path = store.image_path(int(image_id), image_dir)
+    picture = read_picture(store, path)
+    height, width = store.entry(image_id).size
+    if picture.size != (width, height):
+        raise InputError(
+            f"{path} is {picture.width}x{picture.height} (width x height), but was {width}x{height} at the "
+            "extraction. Give image_dir, the folder with the images as they were."
+        )
+    return picture
 
 
 def read_picture(store: EmbeddingStore, image: str | os.PathLike[str] | Image.Image) -> Image.Image:
-    """Return any image in RGB, rotated by its EXIF tag if the store's images were.
+    """Return any image in RGB, rotated by its EXIF tag if the store's images were, of at most as many pixels as they.
 
     Raises:
         UnreadableImageError: It cannot be read.
     """
-    return read_rgb(image, store.metadata_file.settings.preprocessing.get("exif", "ignore"))
+    metadata = store.metadata_file
+    limit = metadata.max_image_pixels
+    with contextlib.nullcontext() if limit is None else _LIMIT, restore_settings():
+        return read_rgb(image, metadata.settings.preprocessing.get("exif", "ignore"), limit)
 
 
 def square_of(size: tuple[int, int], x1: float, y1: float, x2: float, y2: float) -> tuple[int, int, int]:

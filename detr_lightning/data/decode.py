@@ -104,13 +104,13 @@ def read_image(
         return (to_pixels(image, size) if processor is None else processor(rgb(image), size)), orientation
 
 
-def read_rgb(source: ImageFile, exif: str = "ignore") -> Image.Image:
-    """Return an image in RGB as a model sees it, but not resized.
+def read_rgb(source: ImageFile, exif: str = "ignore", max_pixels: int | None = None) -> Image.Image:
+    """Return an image in RGB as a model sees it, but not resized. The arguments are those of `read_image`.
 
     Raises:
         UnreadableImageError: The file is empty, broken, too large or not an image.
     """
-    with open_image(source) as image:
+    with open_image(source, max_pixels) as image:
         return rgb(upright(image, exif))
 
 

@@ -116,10 +116,20 @@ class MetadataFile:
     @property
     def image_dir(self) -> str | None:
         """The image folder, or None if it is not recorded."""
-        value: Any = self._header
-        for name in ("config", "data", "image_dir"):
-            value = value.get(name) if isinstance(value, dict) else None
+        value = self._data_setting("image_dir")
         return value if isinstance(value, str) else None
+
+    @property
+    def max_image_pixels(self) -> int | None:
+        """The number of pixels above which images were refused, or None for Pillow's own limit."""
+        value = self._data_setting("max_image_pixels")
+        return value if type(value) is int else None
+
+    def _data_setting(self, name: str) -> Any:
+        value: Any = self._header
+        for part in ("config", "data", name):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
 
     @property
     def min_score(self) -> float | None:

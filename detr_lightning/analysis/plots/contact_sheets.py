@@ -41,6 +41,7 @@ def neighbours(
 
     Raises:
         FileNotFoundError: An image file does not exist.
+        InputError: One has another size than at the extraction.
         SettingError: The table has no embeddings, no such row, or too few objects.
     """
     starts = np.atleast_1d(index).tolist()
@@ -85,6 +86,7 @@ def search_results(
 
     Raises:
         FileNotFoundError: An image file does not exist.
+        InputError: One has another size than at the extraction.
     """
     image = Image.fromarray(picture)
     columns = int(found["rank"].max()) if len(found) else 0

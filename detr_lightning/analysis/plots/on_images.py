@@ -46,6 +46,7 @@ def detections(
 
     Raises:
         FileNotFoundError: The image file does not exist.
+        InputError: It has another size than at the extraction.
         UnknownImageError: The store has no such image.
         SettingError: The folder lacks a key, or nothing reaches the threshold.
     """
@@ -85,6 +86,7 @@ def attention(
 
     Raises:
         FileNotFoundError: The image file does not exist.
+        InputError: It has another size than at the extraction.
         UnknownImageError: The store has no such image.
         SettingError: The folder lacks a key, the model has no cross-attention over the whole image, there is no such
             query, or nothing reaches the threshold.
