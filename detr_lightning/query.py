@@ -19,7 +19,7 @@ from detr_lightning.store.store import EmbeddingStore
 if TYPE_CHECKING:
     import pandas as pd
 
-_SIZES = ("short_side", "long_side", "image_backend")
+_PREPROCESSING = ("short_side", "long_side", "image_backend", "exif")
 """The preprocessing settings of the extraction that also apply to the query image."""
 
 
@@ -36,7 +36,9 @@ def query_objects(
 ) -> pd.DataFrame:
     """Return the objects in an image, as queries for a search among the objects of a store.
 
-    The image goes through the store's model, with the image size and precision of the store.
+    The image goes through the store's model, with the preprocessing and precision of the store, whether or not the
+    processor has instructions for it. Only a file without `crop` is read by the store's `image_backend`, so that an
+    image of the store gives its own objects; Pillow resizes a PIL image or a crop.
 
     Args:
         store: The extraction.
@@ -60,15 +62,19 @@ def query_objects(
     from detr_lightning.analysis.objects import frame_of
     from detr_lightning.analysis.reader import ObjectReader
 
-    whole, name = _picture(store, image)
-    picture, x, y = whole, 0, 0
+    path = None if isinstance(image, Image.Image) else Path(image).expanduser()
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist. Give an image to search with.")
+    name = "image" if path is None else str(path)
+    whole = read_picture(store, path or image)
+    seen, x, y = path or whole, 0, 0
     if crop is not None:
         x, y, width, height = _inside(crop, whole, "crop")
-        picture = whole.crop((x, y, x + width, y + height))
+        seen = whole.crop((x, y, x + width, y + height))
     if box is not None:
         left, top, width, height = _inside(box, whole, "box")
         wanted = np.array([[left, top, left + width, top + height]], float)
-    extracted = _extract(store, picture, [key, "pred_logits", "pred_boxes"], weights)
+    extracted = _extract(store, seen, [key, "pred_logits", "pred_boxes"], weights)
     reader = ObjectReader(extracted, threshold if box is None else 0.0, key=key, layer=layer)
     table = frame_of(reader, progress=False)
     if table.empty:
@@ -87,16 +93,6 @@ def query_objects(
     return table.iloc[[int(shared.argmax())]].reset_index(drop=True)
 
 
-def _picture(store: EmbeddingStore, image: str | os.PathLike[str] | Image.Image) -> tuple[Image.Image, str]:
-    """Return an image as the model of the store would see it, and its name."""
-    if isinstance(image, Image.Image):
-        return read_picture(store, image), "image"
-    path = Path(image).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. Give an image to search with.")
-    return read_picture(store, path), str(path)
-
-
 def _inside(box: Sequence[float], picture: Image.Image, name: str) -> tuple[int, int, int, int]:
     """Check a box `[x, y, width, height]`, and return it in whole pixels."""
     if len(box) != 4 or not np.isfinite(box).all():
@@ -111,7 +107,7 @@ def _inside(box: Sequence[float], picture: Image.Image, name: str) -> tuple[int,
 
 
 def _extract(
-    store: EmbeddingStore, picture: Image.Image, keys: list[str], weights: str | os.PathLike[str] | None
+    store: EmbeddingStore, image: Path | Image.Image, keys: list[str], weights: str | os.PathLike[str] | None
 ) -> EmbeddingStore:
     """Run the store's model on an image, and return the embeddings, which stay in memory."""
     from detr_lightning.extractor import DETRExtractor
@@ -124,7 +120,10 @@ def _extract(
     settings: dict[str, Any] = {name: given.get(name) for name in ("nheads", "dilation", "ema")}
     settings["tf32"] = precision != recorded.precision
     expected = recorded.model.sha256
-    advice = f"{store.name} was extracted with weights of SHA-256 {expected[:8]}. Set --weights to their file."
+    advice = (
+        f"{store.name} was extracted with weights of SHA-256 {expected[:8]}. "
+        "Set --weights (in Python, weights) to their file."
+    )
     try:
         model = DETRExtractor(place, keys=keys, **settings)
     except FileNotFoundError as error:
@@ -133,6 +132,6 @@ def _extract(
         raise InputError(f"{place} contains other weights ({error}). {advice}") from error
     if model.checkpoint.sha256 != expected:
         raise InputError(f"{place} contains other weights, of SHA-256 {model.checkpoint.sha256[:8]}. {advice}")
-    # No setting for EXIF: the picture is already turned.
-    sizes = {name: recorded.preprocessing[name] for name in _SIZES if name in recorded.preprocessing}
-    return model.extract([picture], precision=precision, progress=False, **sizes)
+    data = {name: recorded.preprocessing[name] for name in _PREPROCESSING if name in recorded.preprocessing}
+    data["max_image_pixels"] = store.metadata_file.max_image_pixels
+    return model.extract([image], precision=precision, allow_slow_precision=True, progress=False, **data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,35 @@ def test_an_image_of_the_store_gives_the_objects_of_the_store(store: EmbeddingSt
     row = own.iloc[-1]
     chosen = query_objects(store, image_of(store, image_id), box=[round(number) for number in row.bbox])
     assert chosen["query"].tolist() == [row["query"]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_backend": "torchvision"},
+        {"precision": "bf16-true", "allow_slow_precision": True},
+        {"max_image_pixels": 10**6},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_the_settings_of_the_extraction_apply_to_the_image(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    from detr_lightning import extract
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**4)
+    monkeypatch.setattr("detr_lightning.job.has_instructions", lambda precision, device: "bf16" not in precision)
+    sizes = {"short_side": 128, "long_side": 213, "max_image_pixels": 10**6, "progress": False}
+    keys = ["query_embeddings", "pred_logits", "pred_boxes"]
+    one = extract(
+        image_of(store, store.image_ids[2]),
+        weights=DEMO / "detr_demo.pth",
+        keys=keys,
+        output_dir=tmp_path,
+        **sizes | settings,
+    )
+    found = query_objects(one, image_of(store, store.image_ids[2]))
+    assert np.array_equal(np.stack(found.embedding), np.stack(objects(one).embedding))
 
 
 def test_a_crop_is_what_the_model_sees(store: EmbeddingStore) -> None:

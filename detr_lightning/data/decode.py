@@ -105,13 +105,17 @@ def read_image(
 
 
 def read_rgb(source: ImageFile, exif: str = "ignore", max_pixels: int | None = None) -> Image.Image:
-    """Return an image in RGB as a model sees it, but not resized. The arguments are those of `read_image`.
+    """Return an image in RGB as a model sees it, but not resized, and without its metadata, such as the EXIF tag.
+
+    The arguments are those of `read_image`.
 
     Raises:
         UnreadableImageError: The file is empty, broken, too large or not an image.
     """
     with open_image(source, max_pixels) as image:
-        return rgb(upright(image, exif))
+        picture = rgb(upright(image, exif))
+        picture.info.clear()
+        return picture
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
