@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -17,14 +16,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="the output folder of an extraction")
     parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO's instances_*.json of these images")
     parser.add_argument("--output", metavar="FILE.json", help="also write the metrics to this file")
+    parser.add_argument("--overwrite", action="store_true", help="with --output: replace an existing file")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the metrics as a table, and write them to the file of `--output`."""
     from detr_lightning.analysis.evaluation import evaluate_store
     from detr_lightning.format.files import write_json
+    from detr_lightning.store.export import output_path
 
     store = EmbeddingStore(options.folder)
+    path = output_path(store, options.output, ".json", options.overwrite) if options.output else None
     numbers = evaluate_store(store, options.annotations)
     table = Table("COCO metric", "value", title=f"{store.name}: {count(len(store), 'image')}", title_justify="left")
     table.columns[1].justify = "right"
@@ -34,9 +36,7 @@ def run(options: argparse.Namespace) -> int:
     out.print(table)
     if failed := store.metadata_file.failed():
         out.print(f"Not included: {count(len(failed), 'image')} that could not be read during the extraction.")
-    if options.output:
-        path = Path(options.output).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if path is not None:
         write_json(path, {**numbers, "images": len(store)})
         out.print(f"wrote {path}", markup=False, soft_wrap=True)
     return 0
