@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from ran import RunCLI
 
-from detr_lightning.analysis.objects import objects
+from detr_lightning.analysis.cached import objects_table
+from detr_lightning.analysis.objects import objects, write_objects
 from detr_lightning.command.main import main
 from detr_lightning.demo import demo
 from detr_lightning.query import query_objects
@@ -152,6 +154,61 @@ def test_the_command(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> 
     assert sum(not line.startswith("  ") for line in capsys.readouterr().out.splitlines()) == 1
     assert main([*argv, "--threshold", "0.8"]) == 0  # Other objects: the table is written again.
     assert table.stat().st_mtime_ns != made
+
+
+def test_the_command_replaces_no_file_unasked(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> None:
+    photo = tmp_path / "photo.jpg"
+    shutil.copy(image_of(store, store.image_ids[1]), photo)
+    content = photo.read_bytes()
+    argv = ["search", str(store.folder), "--image", str(photo), "-k", "1"]
+
+    def refused(*words: str | Path) -> str:
+        assert main([*argv, *map(str, words)]) == 1
+        return capsys.readouterr().err
+
+    assert "photo.jpg already exists. Choose another name, or give --overwrite" in refused("--sheet", photo)
+    assert photo.read_bytes() == content
+    inside = store.folder / "found.png"  # type: ignore[operator]
+    assert "lies in the extraction's own folder" in refused("--sheet", inside, "--overwrite")
+    assert "lies in the extraction's own folder" in refused("--table", inside.with_suffix(".parquet"))
+    assert "typo.txt does not end in .parquet" in refused("--table", tmp_path / "typo.txt")
+    (tmp_path / "found.png").touch()
+    assert main([*argv, "--sheet", str(tmp_path / "found.png"), "--overwrite"]) == 0
+    assert (tmp_path / "found.png").stat().st_size
+
+
+def test_a_table_that_the_user_wrote_is_not_replaced(store: EmbeddingStore, capsys: Capture) -> None:
+    table = store.folder.with_name("out.objects.parquet")  # type: ignore[union-attr]
+    table.unlink(missing_ok=True)
+    argv = ["search", str(store.folder), "--image", str(image_of(store, store.image_ids[1])), "-k", "1"]
+    write = ["objects", str(store.folder), "--output", str(table), "--annotations", str(DEMO / "instances_demo.json")]
+    assert main([*write, "--iou", "0.6"]) == 0
+    content = table.read_bytes()
+    assert main(argv) == 0  # Outcomes do not matter.
+    assert main([*argv, "--threshold", "0.6"]) == 1
+    assert "out.objects.parquet differs from the table that is needed here in: threshold." in capsys.readouterr().err
+    assert main([*argv, "--threshold", "0.6", "--table", str(table)]) == 0
+    assert table.read_bytes() == content
+    table.unlink()
+
+
+def test_a_table_that_is_named_is_compared_whole(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> None:
+    table = write_objects(store, tmp_path / "all.parquet", 0.0)
+    image = str(image_of(store, store.image_ids[1]))
+    argv = ["search", str(store.folder), "--image", image, "--table", str(table), "-k", "999", "--threshold", "0.9"]
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    queries = sum(not line.startswith("  ") for line in lines)
+    assert len(lines) == queries * (1 + len(pd.read_parquet(table)))
+    with pytest.raises(SystemExit):
+        main(["search", "--help"])
+    assert "without --table, of those it is compared with" in " ".join(capsys.readouterr().out.split())
+
+
+def test_search_and_explore_share_a_table(store: EmbeddingStore) -> None:
+    made = objects_table(store, annotation_file=DEMO / "instances_demo.json").read_bytes()
+    assert objects_table(store, outcomes=False).read_bytes() == made
+    assert "outcome" not in pd.read_parquet(objects_table(store))
 
 
 def test_a_table_of_another_extraction(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> None:

@@ -82,10 +82,17 @@ def write_objects(
     return path
 
 
-def stream(reader: ObjectReader, path: Path, progress: bool | None = None) -> Counter[str]:
-    """Write the objects of a reader to a Parquet file, and return how many had each outcome."""
+def stream(reader: ObjectReader, path: Path, progress: bool | None = None, *, cached: bool = False) -> Counter[str]:
+    """Write the objects of a reader to a Parquet file, and return how many had each outcome.
+
+    Args:
+        reader: The reader.
+        path: The file.
+        progress: As for `objects`.
+        cached: Record that `search` and `explore` may replace the file.
+    """
     counts: Counter[str] = Counter()
-    schema = _schema(reader)
+    schema = _schema(reader, cached)
     with replacing(path) as file, parquet.ParquetWriter(file, schema, use_dictionary=_TEXTS) as writer:
         waiting: list[pa.Table] = []
         for block in reader.blocks(progress):
@@ -128,7 +135,7 @@ def fingerprint(path: Path) -> str:
         return hashlib.sha256(file.read(length)).hexdigest()
 
 
-def _schema(reader: ObjectReader) -> pa.Schema:
+def _schema(reader: ObjectReader, cached: bool) -> pa.Schema:
     types = dict.fromkeys(reader.columns, pa.float64())
     types |= dict.fromkeys(("image_id", "query", "category_id", "annotated_category_id"), pa.int64())
     types |= dict.fromkeys(_TEXTS, pa.string())
@@ -137,8 +144,8 @@ def _schema(reader: ObjectReader) -> pa.Schema:
         types["annotation_id"] = pa.string() if reader.ground_truth.text_ids else pa.int64()
     if reader.key:
         types["embedding"] = _vector(reader.no_rows["embedding"].shape[1])
-    source = json.dumps(describe(reader.store, reader))
-    return pa.schema([(name, types[name]) for name in reader.columns], {SOURCE: source})
+    source = describe(reader.store, reader) | ({"cached": True} if cached else {})
+    return pa.schema([(name, types[name]) for name in reader.columns], {SOURCE: json.dumps(source)})
 
 
 def describe(store: EmbeddingStore, reader: ObjectReader | None = None) -> dict[str, Any]:

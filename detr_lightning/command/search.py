@@ -23,13 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold",
         type=float,
         default=0.7,
-        help="the lowest score of any object; default: 0.7",
+        help="the lowest score of an object in the image and, without --table, of those it is compared with; "
+        "default: 0.7",
     )
     parser.add_argument("-k", type=int, default=10, help="results per object; default: 10")
     parser.add_argument("--weights", metavar="FILE", help="the model's weights, if they have moved")
-    parser.add_argument("--table", metavar="FILE.parquet", help="the table of objects; default: FOLDER.objects.parquet")
+    parser.add_argument(
+        "--table",
+        metavar="FILE.parquet",
+        help="the table of objects, written if it is missing; default: FOLDER.objects.parquet",
+    )
     parser.add_argument("--exact", action="store_true", help="compare with every object, even of 100,000 or more")
     parser.add_argument("--sheet", metavar="FILE.png", help="draw the results as a contact sheet")
+    parser.add_argument("--overwrite", action="store_true", help="with --sheet: replace an existing file")
     parser.add_argument("--image_dir", metavar="DIR", help="with --sheet: the image folder, if it has moved")
 
 
@@ -42,10 +48,10 @@ def run(options: argparse.Namespace) -> int:
     from detr_lightning.query import query_objects
 
     store = EmbeddingStore(options.folder)
-    sheet = _sheet(options.sheet)
+    sheet = None if options.sheet is None else _sheet(store, options.sheet, options.overwrite)
     if options.image_dir is not None and not Path(options.image_dir).expanduser().is_dir():
         raise SettingError(f"--image_dir is {options.image_dir}, which is not a folder.")
-    table = objects_table(store, options.threshold, path=options.table)
+    table = objects_table(store, options.threshold, path=options.table, outcomes=False)
     search = ObjectSearch(table, exact=options.exact or None)
     if not len(search):
         raise InputError(f"{table} has no objects to compare with. Write it again with a lower threshold.")
@@ -87,14 +93,13 @@ def _box(row: object) -> str:
     return ",".join(f"{number:.0f}" for number in row.bbox)  # type: ignore[attr-defined]
 
 
-def _sheet(name: str | None) -> Path | None:
-    if name is None:
-        return None
-    path = Path(name).expanduser()
+def _sheet(store: EmbeddingStore, name: str, overwrite: bool) -> Path:
+    from detr_lightning.store.export import output_path
+
+    path = Path(name)
     if path.suffix not in (".png", ".jpg", ".pdf", ".svg"):
         raise SettingError(f"--sheet is {name}, but a contact sheet must end in .png, .jpg, .pdf or .svg.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return output_path(store, path, path.suffix, overwrite)
 
 
 def _draw(store: EmbeddingStore, options: argparse.Namespace, queries: object, found: object, path: Path) -> None:
