@@ -72,7 +72,7 @@ def read_image(
         record: The image's record, whose size the file must have.
         size: Height and width of the result.
         backend: `pil` gives the official pixels bit for bit. `torchvision` is faster for JPEG and within 1 of 255
-            levels; other formats, and CMYK, still go through Pillow.
+            levels; other formats, CMYK, and images that are turned still go through Pillow.
         max_pixels: See `open_image`.
         exif: `ignore` takes the pixels as stored, as the official code does; `apply` turns the image by its EXIF tag.
         processor: Makes the model's input from an RGB image and a size instead.
@@ -96,8 +96,10 @@ def read_image(
                 f"but {record.width}x{record.height} was expected from the annotations or an earlier read{hint}"
             )
             raise UnreadableImageError(reason)
-        if backend == "torchvision" and processor is None:
-            pixels = _torchvision_pixels(source, image, size, exif == "apply" and orientation > 1)
+        turn = exif == "apply" and orientation > 1
+        # torchvision finds fewer orientation tags than Pillow, so an image to be turned is left to Pillow.
+        if backend == "torchvision" and processor is None and not turn:
+            pixels = _torchvision_pixels(source, image, size)
             if pixels is not None:
                 return pixels, orientation
         image = upright(image, exif)  # noqa: PLW2901
@@ -172,9 +174,7 @@ def rgb(image: Image.Image) -> Image.Image:
     return gray.convert("RGB")
 
 
-def _torchvision_pixels(
-    source: ImageFile, image: Image.Image, size: tuple[int, int], turn: bool
-) -> torch.Tensor | None:
+def _torchvision_pixels(source: ImageFile, image: Image.Image, size: tuple[int, int]) -> torch.Tensor | None:
     """Decode and resize a JPEG without Pillow; return None for files that are left to Pillow.
 
     Those are all other formats: torchvision's PNG decoder crashes the process on some damaged files (seen with 0.29).
@@ -191,7 +191,7 @@ def _torchvision_pixels(
         source.seek(0)
     data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     try:
-        pixels = io.decode_jpeg(data, mode=io.ImageReadMode.RGB, apply_exif_orientation=turn)
+        pixels = io.decode_jpeg(data, mode=io.ImageReadMode.RGB)
     except RuntimeError:  # Pillow decides whether and how the file is broken
         return None
     batch = pixels.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)  # channels-last strides

@@ -217,6 +217,26 @@ class TestReadPixels:
             with pytest.raises(UnreadableImageError, match=r"its EXIF tag turns it \(data\.exif=apply\)"):
                 read_image(path, record, upright.size[::-1], backend)
 
+    @pytest.mark.parametrize("place", ["in XMP alone", "after XMP", "of another type"])
+    def test_orientation_tags_are_found_wherever_they_are(self, tmp_path: Path, backend: str, place: str) -> None:
+        xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+        kind, value = (4, 6) if place == "of another type" else (3, 6 << 16)  # a LONG, or the usual SHORT
+        exif = b"Exif\0\0MM\0*" + struct.pack(">IHHHIII", 8, 1, 0x0112, kind, 1, value, 0)
+        segments = {
+            "in XMP alone": [b"http://ns.adobe.com/xap/1.0/\0" + xmp],
+            "after XMP": [b"http://ns.adobe.com/xap/1.0/\0" + xmp.replace(b"6", b"1"), exif],
+            "of another type": [exif],
+        }[place]
+        photo().save(tmp_path / "plain.jpg", quality=95)
+        plain = (tmp_path / "plain.jpg").read_bytes()
+        headers = b"".join(b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment for segment in segments)
+        (tmp_path / "turned.jpg").write_bytes(plain[:2] + headers + plain[2:])
+        upright = Image.open(tmp_path / "plain.jpg").transpose(Image.Transpose.ROTATE_270)
+        record = ImageRecord(1, "turned.jpg", *upright.size)
+        pixels, orientation = read_image(tmp_path / "turned.jpg", record, (64, 48), backend, exif="apply")
+        assert orientation == 6
+        assert np.abs(array_of(pixels).astype(int) - np.asarray(upright)).max() <= 1
+
     def test_remarks_on_metadata_stay_quiet(self, tmp_path: Path, backend: str) -> None:
         photo().save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\0\x1a\x01\x05\0\x01\0\0\0\xff\xff\xff\x7f")
         with warnings.catch_warnings(record=True) as seen:
