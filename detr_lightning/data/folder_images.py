@@ -10,7 +10,7 @@ from pathlib import Path
 from detr_lightning.data.files import image_folder, list_images, open_file
 from detr_lightning.data.formats import OTHER_EXTENSIONS, ImageFile, image_extensions
 from detr_lightning.data.records import ImageRecord
-from detr_lightning.data.sources import NONE_KNOWN, Known, unsized
+from detr_lightning.data.sources import NONE_KNOWN, Known
 from detr_lightning.errors import SettingError
 from detr_lightning.format.names import ID_DIGITS
 
@@ -48,7 +48,7 @@ class FolderImages:
                 f"No images in {self.image_dir} or its subfolders: looked for {', '.join(extensions)}{others}."
             )
         ids = _folder_ids(names, {name: entry.image_id for name, entry in known.items()})
-        return sorted((unsized(ids[name], name, known) for name in names), key=lambda record: record.image_id)
+        return sorted((ImageRecord(ids[name], name, 0, 0) for name in names), key=lambda record: record.image_id)
 
     @property
     def images_left_out(self) -> str:

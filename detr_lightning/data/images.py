@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from detr_lightning.data.folder_images import FolderImages
 from detr_lightning.data.headers import HeaderReader, measure
 from detr_lightning.data.records import Failure, ImageRecord
 from detr_lightning.data.selection import read_image_ids, select
-from detr_lightning.data.sources import (
-    COCOImages,
-    ImageSource,
-    Known,
-    with_known_size,
-)
+from detr_lightning.data.sources import COCOImages, ImageSource, Known
 from detr_lightning.errors import DETRLightningWarning, SettingError, UnreadableImageError, count
 from detr_lightning.format.keys import Size
 
@@ -74,7 +69,7 @@ class Choice:
         wanted = read_image_ids(self.image_ids) if isinstance(self.image_ids, str) else self.image_ids
         chosen = select(records, wanted, self.limit, self.shuffle_seed)
         if self.exif == "apply":  # Annotations may state the size before or after the image is turned.
-            chosen = [with_known_size(record, known) for record in chosen]
+            chosen = [replace(record, width=0, height=0) for record in chosen]
         reader = HeaderReader(source, self.max_image_pixels, self.exif)
         measured, unreadable = measure(reader, chosen, every_header)
         misfits = {record.image_id: (record, reason) for record in measured if (reason := _misfit(resize, record))}

@@ -1,11 +1,10 @@
-"""Sources of images. They list names and ids; sizes are read from headers only if they are not known."""
+"""Sources of images. They list names and ids, and the sizes that annotations state; headers have all others."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -20,7 +19,7 @@ from detr_lightning.errors import InputError, SettingError, SettingTypeError, Un
 
 
 class Known(Protocol):
-    """An image as an earlier run recorded it, with `width` and `height` if it could be read."""
+    """An image as an earlier run recorded it."""
 
     @property
     def image_id(self) -> int:
@@ -39,8 +38,7 @@ class ImageSource(Protocol):
         """Return all images by id. An image whose size is only in its header has a width of 0.
 
         Args:
-            known: Images of earlier runs by file name. A source that numbers its images keeps their ids, and one that
-                would have to read their headers uses their sizes.
+            known: Images of earlier runs by file name. A source that numbers its images keeps their ids.
         """
 
     def open(self, record: ImageRecord) -> ImageFile:
@@ -158,7 +156,7 @@ class ListedImages:
             if isinstance(image, Path):
                 if not image.is_file():
                     raise FileNotFoundError(f"images: number {number}, {image}, is not a file.")
-                records.append(unsized(number, str(image), known))
+                records.append(ImageRecord(number, str(image), 0, 0))
                 continue
             try:
                 digest = f" ({hashlib.sha256(rgb(image).tobytes()).hexdigest()[:16]})"
@@ -170,15 +168,3 @@ class ListedImages:
     def open(self, record: ImageRecord) -> ImageFile:
         """Open an image."""
         return self.images[record.image_id - 1]
-
-
-def unsized(image_id: int, file_name: str, known: Mapping[str, Known]) -> ImageRecord:
-    """Return an image with the size that an earlier run recorded, or 0: only its header has the size."""
-    return with_known_size(ImageRecord(image_id, file_name, 0, 0), known)
-
-
-def with_known_size(record: ImageRecord, known: Mapping[str, Known]) -> ImageRecord:
-    """Return an image with the size that an earlier run recorded, or 0."""
-    entry = known.get(record.file_name)
-    width, height, orientation = (getattr(entry, name, None) for name in ("width", "height", "orientation"))
-    return replace(record, width=width or 0, height=height or 0, orientation=orientation or 1)

@@ -95,7 +95,7 @@ class ExtractionRun(PlannedRun):
             and not (folder / STATE / RUN).exists()
             and not self.pending
             and not hashed
-            and self.failures.keys() <= previous.failed.keys()
+            and self.failures.keys() <= previous.failed.keys() | self.finished.keys()
         )
 
     def begin(self) -> None:

@@ -96,16 +96,14 @@ class TableRun(PlannedRun):
         found = Table(self.output_dir)
         if found.version != self._previous.version:
             self._previous = PreviousTable.of(found)
-        failed = set()
-        for entry in self._previous.entries:
-            if isinstance(entry, ImageEntry):
-                self.finished[entry.image_id] = entry
-            else:
-                failed.add(entry.image_id)
+        self.finished = {entry.image_id: entry for entry in self._previous.entries if isinstance(entry, ImageEntry)}
         self._hashed = self._check_finished(self.output_dir, lambda: found.record.settings)
         self.finished |= self._hashed
         self.complete = (
-            self._location.has_metadata() and not self.pending and not self._hashed and self.failures.keys() <= failed
+            self._location.has_metadata()
+            and not self.pending
+            and not self._hashed
+            and self.failures.keys() <= {entry.image_id for entry in self._previous.entries}
         )
 
     def _check_names(self) -> None:

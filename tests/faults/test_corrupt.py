@@ -68,6 +68,23 @@ def test_skip_lists_them_and_a_resume_tries_again(run_cli: Run, damaged: Coco, t
     contents(out)
 
 
+@pytest.mark.parametrize("layout", ["files", "lance"])
+def test_a_finished_image_that_is_damaged_later_stays_finished(run_cli: Run, tmp_path: Path, layout: str) -> None:
+    if layout == "lance":
+        pytest.importorskip("lance")
+    images = make_coco(tmp_path, 3).images
+    command = ("predict", "--data.image_dir", images, *SMALL, "--output_dir", tmp_path / "out")
+    command += ("--writer.layout", layout)
+    assert run_cli(*command).code == 0
+    (images / "000000000004.jpg").write_bytes(b"")
+    ran = run_cli(*command)
+    assert ran.code == 1
+    assert "'000000000004.jpg'" in message(ran.err)
+    ran = run_cli(*command, "--data.on_error", "skip")
+    assert ran.code == 0
+    assert "Nothing to do" in ran.err
+
+
 def test_a_skipped_image_of_an_overwritten_run_is_forgotten(run_cli: Run, damaged: Coco, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ("predict", *damaged.data, "--output_dir", out, "--data.on_error", "skip")

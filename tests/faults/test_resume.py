@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from coco_factory import SMALL, Coco
+from coco_factory import SMALL, Coco, make_coco
 from disk import extract
 from harness import Job, Zygote, contents, differences, message, slow, until
+from PIL import Image
 
 from detr_lightning.data import loading
 from detr_lightning.errors import BusyError
@@ -230,6 +231,39 @@ def test_ids_of_a_folder_stay_when_images_come_and_go(run_cli: Run, coco_folder:
     names = {entry["id"]: entry["file_name"] for entry in json.loads((out / "metadata.json").read_text())["images"]}
     assert names == {1: "b.jpg", 2: "d.jpg", 3: "f.jpg", 4: "a.jpg"}
     contents(out)
+
+
+@pytest.mark.parametrize("annotated", [False, True])
+def test_another_size_of_an_image_is_noticed(run_cli: Run, tmp_path: Path, annotated: bool) -> None:
+    coco, out = make_coco(tmp_path, 3), tmp_path / "out"
+    source = (*coco.data, "--data.exif", "apply") if annotated else ("--data.image_dir", coco.images, *SMALL)
+    command = ("predict", *source, "--output_dir", out)
+    assert run_cli(*command).code == 0
+    Image.new("RGB", (90, 70)).save(coco.images / "000000000004.jpg")
+    before = snapshot(out)
+    ran = run_cli(*command)
+    assert ran.code == 1
+    assert "image 4" in message(ran.err)
+    assert "was extracted with width 64, but now has 90" in message(ran.err)
+    assert snapshot(out) == before
+    (out / "embedding_000000000004.pt").unlink()
+    assert run_cli(*command).code == 0
+    sizes = [(entry["width"], entry["height"]) for entry in json.loads((out / "metadata.json").read_text())["images"]]
+    assert sizes == [(96, 64), (90, 70), (64, 64)]
+
+
+def test_without_finished_images_sizes_follow_the_settings(run_cli: Run, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (96, 64)).save(tmp_path / "images" / "1.jpg", exif=exif)
+    out = tmp_path / "out"
+    command = ("predict", "--data.image_dir", tmp_path / "images", *SMALL, "--output_dir", out)
+    assert run_cli(*command).code == 0
+    (out / "embedding_000000000001.pt").unlink()
+    assert run_cli(*command, "--data.exif", "apply").code == 0
+    (entry,) = json.loads((out / "metadata.json").read_text())["images"]
+    assert (entry["width"], entry["height"]) == (64, 96)
 
 
 def test_dry_run_touches_nothing(run_cli: Run, coco_folder: Coco, tmp_path: Path) -> None:
