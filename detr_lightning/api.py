@@ -81,7 +81,7 @@ def extract(
 
     Raises:
         SettingError: A setting is not allowed.
-        SettingTypeError: An image is neither a path nor a PIL image, or a setting does not exist.
+        SettingTypeError: An image is neither a path nor a PIL image, or a setting does not exist or has another type.
         InputError: An image, the annotations or the weights cannot be used.
         FileNotFoundError: An image, the folder, the annotations or the weights do not exist.
         OSError: `output_dir` cannot be used or written.

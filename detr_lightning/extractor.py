@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -65,6 +66,7 @@ class DETRExtractor(LightningModule):
     ) -> None:
         super().__init__()
         self.keys = resolve_keys(extract_type, keys)
+        weights = os.fspath(weights)  # A Path cannot be written to the metadata.
         self.save_hyperparameters(ignore=["plan_only"])
         self.checkpoint = load(weights, nheads, dilation, ema, plan_only)
         if missing := [key for key in self.keys if key not in self.detr.keys]:

@@ -23,7 +23,7 @@ from ran import RunCLI
 from detr_lightning import DETRExtractor, EmbeddingStore, extract
 from detr_lightning.analysis.objects import objects
 from detr_lightning.api import in_python
-from detr_lightning.errors import UnreadableImageError
+from detr_lightning.errors import SettingTypeError, UnreadableImageError
 
 SMALL = {"short_side": 64, "long_side": 128, "num_workers": 0}
 Tensors = dict[str, torch.Tensor]
@@ -125,6 +125,30 @@ def test_settings_reach_the_model_and_the_data(coco_folder: Coco, tiny_weights: 
         read(coco_folder.images, tiny_weights, device="cpu")
     with pytest.raises(ValueError, match=r"must be a list, such as \[query_embeddings\]"):
         read(coco_folder.images, tiny_weights, keys="query_embeddings")
+
+
+@pytest.mark.parametrize(
+    "image_ids", [range(1, 5, 3), {1, 4}, (1, "000000000004.jpg"), np.array([1, 4]), [np.int64(1), 4]]
+)
+def test_ids_in_any_collection(coco_folder: Coco, tiny_weights: Path, image_ids: Any) -> None:
+    found = read(coco_folder.images, tiny_weights, image_ids=image_ids, keys=["pred_boxes"])
+    assert list(found) == [1, 4]
+
+
+def test_unknown_ids_and_other_types(coco_folder: Coco, tiny_weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "ids.txt").write_text("4\n")
+    assert list(read(coco_folder.images, tiny_weights, image_ids=tmp_path / "ids.txt")) == [4]
+    with pytest.raises(ValueError, match="image_ids names 1 ids that no image has: 99"):
+        read(coco_folder.images, tiny_weights, image_ids=[np.int64(1), np.int64(99)])
+    for image_ids, found in (([1.5], "float"), (1, "int"), ([None], "NoneType")):
+        with pytest.raises(SettingTypeError, match=rf"^image_ids: .*{found}.* Give a list of ids and file names"):
+            read(coco_folder.images, tiny_weights, image_ids=image_ids)
+
+
+def test_weights_may_be_a_path(coco_folder: Coco, tiny_weights: Path, tmp_path: Path) -> None:
+    model = DETRExtractor(tiny_weights, keys=["pred_boxes"])  # type: ignore[arg-type]
+    store = extract(coco_folder.images, model=model, output_dir=tmp_path / "out", limit=1, progress=False, **SMALL)
+    assert store.metadata["config"]["model"]["weights"] == str(tiny_weights)
 
 
 def test_settings_of_the_writer(coco_folder: Coco, tiny_weights: Path, tmp_path: Path, written: EmbeddingStore) -> None:

@@ -18,6 +18,7 @@ from detr_lightning.data.headers import hash_files
 from detr_lightning.data.images import Choice, Images, unreadable_image
 from detr_lightning.data.loading import ImageBatches, ImageReader, data_workers, image_loader
 from detr_lightning.data.records import Failure, ImageRecord
+from detr_lightning.data.selection import plain_image_ids
 from detr_lightning.data.settings import ModelInput, check_settings, with_settings
 from detr_lightning.data.sources import NONE_KNOWN, COCOImages, ImageSource, Known
 from detr_lightning.errors import InputError, SettingError, count
@@ -74,6 +75,7 @@ class COCODataModule(LightningDataModule):
 
     Raises:
         SettingError: A setting is not allowed; the message names the allowed values.
+        SettingTypeError: `image_ids` is neither a collection of ids and file names nor a file.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class COCODataModule(LightningDataModule):
         # Absolute, since the metadata may be read from other folders.
         image_dir = os.path.abspath(os.path.expanduser(image_dir)) if image_dir else ""
         annotation_file = None if annotation_file is None else os.path.abspath(os.path.expanduser(annotation_file))
+        image_ids = plain_image_ids(image_ids)
         self.save_hyperparameters()
         check_settings(self.hparams)
         self.image_dir, self.annotation_file = image_dir, annotation_file

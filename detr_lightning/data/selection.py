@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import bisect
+import operator
 import os
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from detr_lightning.data.records import ImageRecord
-from detr_lightning.errors import InputError, SettingError, count, did_you_mean
+from detr_lightning.errors import InputError, SettingError, SettingTypeError, count, did_you_mean
 
 
 def select(
@@ -39,7 +41,7 @@ def select(
         if unknown_names:
             hint = did_you_mean(unknown_names[0], names)
             raise SettingError(f"data.image_ids names {unknown_names[0]!r}, but no image has that file name.{hint}")
-        unknown = sorted(number for number in wanted.difference(ids) if isinstance(number, int))
+        unknown = sorted(number for number in wanted.difference(ids) if not isinstance(number, str))
         if unknown:
             raise SettingError(_unknown_ids(unknown, ids))
         chosen = [record for record in chosen if record.image_id in wanted or record.file_name in wanted]
@@ -53,6 +55,27 @@ def select(
         chosen = random.Random(shuffle_seed).sample(chosen, min(limit, len(chosen)))
         chosen.sort(key=lambda record: record.image_id)
     return chosen[:limit]
+
+
+def plain_image_ids(image_ids: Any) -> list[int | str] | str | None:
+    """Return ids and file names in a list that JSON can hold, or the name of the file that lists them.
+
+    Args:
+        image_ids: A collection of any type, in which ids are integers of any type, such as NumPy's; a file; or None.
+
+    Raises:
+        SettingTypeError: It is something else.
+    """
+    if image_ids is None:
+        return None
+    if isinstance(image_ids, str | os.PathLike):
+        return os.fspath(image_ids)
+    try:
+        return [one if isinstance(one, str) else operator.index(one) for one in image_ids]
+    except TypeError as error:
+        raise SettingTypeError(
+            f"data.image_ids: {error}. Give a list of ids and file names, or a text file with one per line."
+        ) from error
 
 
 def read_image_ids(source: str | os.PathLike[str]) -> list[int | str]:
