@@ -74,6 +74,7 @@ class Job:
             self.complete = from_rank_0(self.trainer, self._plan)
         return self.writer.extraction if self.writer else None
 
+    @restore_settings()
     def _plan(self) -> bool:
         self.data.use_model(self.model.checkpoint)
         with restore_settings():

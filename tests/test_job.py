@@ -44,6 +44,10 @@ def test_a_run_leaves_the_process_as_it_was(coco_folder: Coco, tiny_weights: Pat
         extract(coco_folder.images, weights=tiny_weights, **settings)
         assert torch.get_float32_matmul_precision() == "high"
         assert torch.backends.cudnn.allow_tf32
+        assert before[2] == Image.MAX_IMAGE_PIXELS
+        with pytest.raises(ValueError, match="more than 100 pixels"):
+            extract(coco_folder.images, weights=tiny_weights, **settings | {"max_image_pixels": 100})
+        assert before[2] == Image.MAX_IMAGE_PIXELS
     after = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, Image.MAX_IMAGE_PIXELS
     assert after == before
     assert [entry for entry in filters if entry not in warnings.filters] == []
