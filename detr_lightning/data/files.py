@@ -95,7 +95,7 @@ def list_images(folder: Path, extensions: tuple[str, ...]) -> tuple[list[str], C
         The relative POSIX paths, sorted; and the number of files with each other extension.
 
     Raises:
-        SettingError: A linked subfolder leads out of the folder.
+        SettingError: A linked subfolder leads out of the folder or to a hidden one.
     """
     left_out: Counter[str] = Counter()
     return sorted(_walk(folder, extensions, left_out)), left_out
@@ -121,11 +121,13 @@ def _walk(folder: Path, extensions: tuple[str, ...], left_out: Counter[str]) -> 
 
 
 def _check_linked_folder(folder: Path, name: str) -> None:
-    """Ignore a linked subfolder inside the folder, whose images are found anyway, and refuse one outside."""
+    """Ignore a linked subfolder whose images are found anyway; refuse one that is outside the folder or hidden."""
     target = os.path.realpath(os.path.join(folder, name))
-    root = os.path.realpath(folder)
-    if target != root and not target.startswith(os.path.join(root, "")):
-        raise SettingError(
-            f"{name!r} in {folder} is a symbolic link out of that folder, to {target}. "
-            "Move it elsewhere, or set data.image_dir to a folder that contains all images itself."
-        )
+    parts = os.path.relpath(target, os.path.realpath(folder)).split(os.sep)
+    if parts == ["."] or not any(part.startswith(".") for part in parts):
+        return
+    place = "out of that folder" if parts[0] == ".." else "to a hidden folder"
+    raise SettingError(
+        f"{name!r} in {folder} is a symbolic link {place}: {target}. "
+        "Move it elsewhere, or set data.image_dir to a folder that contains all images itself."
+    )

@@ -38,7 +38,8 @@ class FolderImages:
 
         Raises:
             FileNotFoundError: The folder does not exist.
-            SettingError: The folder has no images, two files have the same id, or a subfolder is a link out of it.
+            SettingError: The folder has no images, two files have the same id, or a linked subfolder is hidden or
+                outside the folder.
         """
         extensions = image_extensions()
         names, self.left_out = list_images(image_folder(self.image_dir), extensions)

@@ -99,6 +99,11 @@ def test_linked_folders(tmp_path: Path) -> None:
     (tmp_path / "images/out").symlink_to(tmp_path / "other")
     with pytest.raises(ValueError, match=r"'out' in .* is a symbolic link out of that folder"):
         read_folder(tmp_path / "images")
+    (tmp_path / "images/out").unlink()
+    save(tmp_path, "images/sub/.store/deep/3.png")
+    (tmp_path / "images/more").symlink_to("sub/.store/deep")
+    with pytest.raises(ValueError, match=r"'more' in .* is a symbolic link to a hidden folder: .*deep\. Move"):
+        read_folder(tmp_path / "images")
 
 
 @pytest.mark.parametrize(
