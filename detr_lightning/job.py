@@ -157,18 +157,28 @@ def check_trainer(trainer: Trainer, precision: Any = None, allow_slow_precision:
             "instructions for bfloat16. Use 32-true, or --allow_slow_precision."
         )
     check_strategy(trainer)
+    cores = available_cores()
+    if on_cpu and trainer.num_devices > 2 * cores:
+        raise SettingError(
+            f"trainer.devices is {trainer.num_devices}: that many processes on {count(cores, 'core')} would fill the "
+            f"memory. On a CPU use at most {2 * cores}, twice the number of cores; one per core is fastest."
+        )
+
+
+def check_launcher(trainer: Trainer) -> None:
+    """Check that the launcher, if there is one, has started as many ranks as the Trainer has.
+
+    Only for the command: `extract` is one process under any launcher.
+
+    Raises:
+        SettingError: It has started a different number.
+    """
     launched = launched_ranks()
     if launched is not None and launched != trainer.world_size:
         raise SettingError(
             f"A launcher has started {count(launched, 'process')}, but trainer.devices x trainer.num_nodes is "
             f"{trainer.num_devices} x {trainer.num_nodes}. Make them equal, with trainer.strategy ddp, or start the "
             "command without the launcher; if there was none, unset WORLD_SIZE."
-        )
-    cores = available_cores()
-    if on_cpu and trainer.num_devices > 2 * cores:
-        raise SettingError(
-            f"trainer.devices is {trainer.num_devices}: that many processes on {count(cores, 'core')} would fill the "
-            f"memory. On a CPU use at most {2 * cores}, twice the number of cores; one per core is fastest."
         )
 
 

@@ -29,7 +29,7 @@ from detr_lightning.extraction.run import free_bytes
 from detr_lightning.extraction.writer import EmbeddingWriter
 from detr_lightning.extractor import DETRExtractor
 from detr_lightning.format.files import write_json
-from detr_lightning.job import Job, check_trainer, meeting
+from detr_lightning.job import Job, check_launcher, check_trainer, meeting
 from detr_lightning.launch import launched_by_rank_0, sigterm_as_interrupt
 from detr_lightning.progress import ImageProgress
 from detr_lightning.ranks import waits_for_launch
@@ -135,6 +135,7 @@ class DETRCLI(LightningCLI):
         Raises:
             SettingError: The disk has too little space, or a setting cannot be used.
         """
+        check_launcher(self.trainer)
         self.job = Job(self.trainer, self.model, self.datamodule, self.writer)
         self.job.prepare(self._trainer_settings.precision, self._allow_slow_precision)
         if self.job.plan() is None:
@@ -168,6 +169,7 @@ class DETRCLI(LightningCLI):
         Raises:
             SettingError: The annotations are missing, or a setting cannot be used.
         """
+        check_launcher(self.trainer)
         check_trainer(self.trainer, self._trainer_settings.precision, self._allow_slow_precision)
         if self._output is not None and self._output.is_dir():
             raise CommandError(f"--output {self._output} is a folder. Name a file, such as metrics.json.")

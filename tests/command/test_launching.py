@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from ran import RunCLI
 
+from detr_lightning import extract
 from detr_lightning.data import loading
 from detr_lightning.launch import forget_stale_launchers, launched_ranks
 from detr_lightning.system import available_cores
@@ -111,6 +112,24 @@ def test_a_launcher_of_other_ranks_than_the_trainers_is_refused(
     assert ran.code == 1
     assert "A launcher has started 4 processes" in ran.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        SLURM | {"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"},
+        TORCHRUN | {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2"},
+        {"WORLD_SIZE": "4"},
+    ],
+)
+def test_a_call_from_python_is_one_process_under_any_launcher(
+    variables: dict[str, str], coco_folder: Coco, tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(variables, monkeypatch)
+    for output_dir in (None, tmp_path / "out"):
+        sides = {"short_side": 64, "long_side": 128}
+        found = extract(coco_folder.images, weights=tiny_weights, output_dir=output_dir, limit=2, **sides)
+        assert list(found) == [1, 4]
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook", "fsdp"])
