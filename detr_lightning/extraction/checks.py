@@ -58,16 +58,23 @@ def refuse_other_settings(
 
 
 def refuse_other_images(
-    output_dir: Place, finished: Mapping[int, ImageEntry], planned: Mapping[int, ImageEntry]
+    output_dir: Place, finished: Mapping[int, ImageEntry], planned: Mapping[int, ImageEntry], turned: bool
 ) -> None:
     """Check that no finished image differs from the planned image with the same id.
 
+    Args:
+        output_dir: The output folder or URL.
+        finished: The finished images.
+        planned: The planned images.
+        turned: Whether images are turned by their EXIF orientation.
+
     Raises:
-        InputError: One differs in file name or size; the message names both values.
+        InputError: One differs in file name, size or, if it is turned, orientation; the message names both values.
     """
+    names = ("file_name", "width", "height", *(("orientation",) if turned else ()))
     for image_id, entry in planned.items():
         before = finished.get(image_id)
-        for name in ("file_name", "width", "height"):
+        for name in names:
             if before is not None and getattr(before, name) != getattr(entry, name):
                 raise InputError(
                     f"image {image_id} in output_dir {output_dir} was extracted with {name} {getattr(before, name)}, "

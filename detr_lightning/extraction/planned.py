@@ -74,7 +74,8 @@ class PlannedRun(ABC):
         if not self.finished:
             return {}
         refuse_other_settings(output_dir, self.finished, earlier, self.record.settings)
-        refuse_other_images(output_dir, self.finished, self.images)
+        turned = self.record.settings.preprocessing.get("exif") == "apply"
+        refuse_other_images(output_dir, self.finished, self.images, turned)
         if self.hash_files is None:
             return {}
         return refuse_changed_files(output_dir, self.finished, self.images, self.hash_files)
