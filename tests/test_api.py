@@ -23,7 +23,7 @@ from ran import RunCLI
 from detr_lightning import DETRExtractor, EmbeddingStore, extract
 from detr_lightning.analysis.objects import objects
 from detr_lightning.api import in_python
-from detr_lightning.errors import SettingTypeError, UnreadableImageError
+from detr_lightning.errors import DETRLightningWarning, SettingTypeError, UnreadableImageError
 
 SMALL = {"short_side": 64, "long_side": 128, "num_workers": 0}
 Tensors = dict[str, torch.Tensor]
@@ -245,6 +245,39 @@ def test_another_image_in_memory_is_not_taken_for_the_first(tiny_weights: Path, 
     with pytest.raises(ValueError, match="image 1"):
         extract([white], **settings)
     assert_close(extract([white], if_exists="overwrite", **settings)[1], read(white, tiny_weights)[1])
+
+
+def test_the_same_pixels_turned_are_another_image(tiny_weights: Path, tmp_path: Path) -> None:
+    images = [Image.new("RGB", (64, 64)) for _ in range(2)]
+    images[1].getexif()[0x0112] = 3
+    settings = dict(weights=tiny_weights, output_dir=tmp_path / "out", exif="apply", progress=False, **SMALL)
+    extract(images[0], **settings)
+    with pytest.raises(ValueError, match=r"image 1 .* with orientation None, but now has 3"):
+        extract(images[1], **settings)
+    settings |= {"output_dir": tmp_path / "stored", "exif": "ignore"}
+    extract(images[0], **settings)
+    with pytest.warns(DETRLightningWarning, match="1 of 1 image have an EXIF tag"):
+        extract(images[1], **settings)
+
+
+def test_relative_paths_are_of_the_folder_they_were_given_in(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dict(weights=tiny_weights, output_dir=tmp_path / "out", progress=False, **SMALL)
+    for color in ("black", "white"):
+        (tmp_path / color).mkdir()
+        Image.new("RGB", (64, 64), color).save(tmp_path / color / "a.png")
+    monkeypatch.chdir(tmp_path / "black")
+    store = extract(["a.png"], **settings)
+    assert store.entry(1).file_name == str(tmp_path / "black" / "a.png")
+    monkeypatch.chdir(tmp_path / "white")
+    with pytest.raises(ValueError, match=r"file_name .*black/a\.png, but now has .*white/a\.png"):
+        extract(["a.png"], **settings)
+    assert extract([tmp_path / "black" / "a.png"], **settings).metadata == store.metadata
+    path = tmp_path / "out" / "metadata.json"
+    path.write_text(path.read_text().replace(str(tmp_path / "black" / "a.png"), "a.png"))  # as once recorded
+    monkeypatch.chdir(tmp_path / "black")
+    assert extract(["a.png"], **settings).entry(1).file_name == "a.png"
 
 
 def test_a_home_folder_is_found(

@@ -142,7 +142,9 @@ class ListedImages:
                     f"images: number {number} is of type {type(image).__name__}, but must be a path or a PIL image. "
                     "PIL.Image.fromarray converts an array."
                 )
-        self.images = [image if isinstance(image, Image.Image) else Path(image).expanduser() for image in images]
+        self.images = [
+            image if isinstance(image, Image.Image) else Path(image).expanduser().absolute() for image in images
+        ]
         self.categories: dict[int, str] = {}
 
     def find(self, known: Mapping[str, Known] = NONE_KNOWN) -> list[ImageRecord]:
@@ -156,7 +158,9 @@ class ListedImages:
             if isinstance(image, Path):
                 if not image.is_file():
                     raise FileNotFoundError(f"images: number {number}, {image}, is not a file.")
-                records.append(ImageRecord(number, str(image), 0, 0))
+                names = str(image), os.path.relpath(image)  # Earlier versions recorded relative paths as given.
+                name = next((name for name in names if name in known), names[0])
+                records.append(ImageRecord(number, name, 0, 0))
                 continue
             try:
                 digest = f" ({hashlib.sha256(rgb(image).tobytes()).hexdigest()[:16]})"
