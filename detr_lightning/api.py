@@ -123,13 +123,14 @@ def extract(
                 job.predict()
             except SystemExit as stopped:  # Lightning turns Ctrl-C into an exit of the caller's program.
                 raise KeyboardInterrupt from stopped
-        metadata = job.finish() if to_disk else collector.metadata(trainer, extractor, datamodule)
-        _warn_about([entry.file_name for entry in metadata.failed] if metadata else [])
         if to_disk:
-            return EmbeddingStore(to_disk.output_dir)
-        assert metadata is not None
-        content = json.dumps(metadata.to_json()).encode()
-        return EmbeddingStore.of("memory", MetadataFile(Path("memory"), content), MemoryTensors(collector.tensors))
+            job.finish()
+            store = EmbeddingStore(to_disk.output_dir)
+        else:
+            content = json.dumps(collector.metadata(trainer, extractor, datamodule).to_json()).encode()
+            store = EmbeddingStore.of("memory", MetadataFile(Path("memory"), content), MemoryTensors(collector.tensors))
+        _warn_about([entry.file_name for entry in store.metadata_file.failed()])
+        return store
 
 
 def _check_names(data: Mapping[str, Any], writer: Mapping[str, Any]) -> None:

@@ -327,6 +327,10 @@ def test_unreadable_images_stop_or_are_skipped(tiny_weights: Path, tmp_path: Pat
         settings = dict(weights=tiny_weights, output_dir=tmp_path / "out", on_error="skip", progress=False, **SMALL)
         with pytest.warns(UserWarning, match="3 images could not be read"):
             store = extract(sources, **settings)
+        with pytest.warns(UserWarning, match=rf"1 image could not be read: '.*{header.name}'\.$"):
+            extract(sources[:2], **settings | {"output_dir": tmp_path / "few"})
+        with pytest.warns(UserWarning, match=rf"1 image could not be read: '.*{header.name}'\.$"):
+            extract(sources[:2], **settings | {"output_dir": tmp_path / "few"})  # nothing is left to do
     assert store.image_ids == [2]
     assert [failed["id"] for failed in store.metadata["failed"]] == [1, 3, 4]
     with pytest.raises(UnreadableImageError, match=header.name):

@@ -43,7 +43,8 @@ def announcement(job: Job, free: int | None) -> list[RenderableType]:
         )
     if run.complete:
         done = f"{writer.output_dir} is finished: {count(finished, 'image')}. Nothing to do."
-        return [*lines, done, next_command(writer)]
+        failures = [(record.file_name, reason) for record, reason in data.failures]
+        return [*lines, done, *skipped(failures), next_command(writer)]
     others = f", {finished} more are finished" if finished else ""
     others += f", {len(data.failures)} more cannot be read" if data.failures else ""
     kept = model.hparams["extract_type"] if model.hparams["keys"] is None else count(len(model.keys), "key")

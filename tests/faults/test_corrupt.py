@@ -83,6 +83,7 @@ def test_a_finished_image_that_is_damaged_later_stays_finished(run_cli: Run, tmp
     ran = run_cli(*command, "--data.on_error", "skip")
     assert ran.code == 0
     assert "Nothing to do" in ran.err
+    assert "Warning: 1 image could not be read:\n  000000000004.jpg: empty file" in ran.err
 
 
 def test_a_skipped_image_of_an_overwritten_run_is_forgotten(run_cli: Run, damaged: Coco, tmp_path: Path) -> None:
