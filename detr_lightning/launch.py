@@ -54,6 +54,8 @@ def forget_stale_launchers() -> None:
         stale += _RANKS + _ADDRESS
     elif not environment.get("MASTER_ADDR"):
         stale += _RANKS
+    elif not environment.get("WORLD_SIZE"):  # NODE_RANK stays: with an address, it starts one of several nodes.
+        stale += ("RANK", "LOCAL_RANK")
     if not _by_srun():
         stale += _SLURM
     if environment.get("JSM_NAMESPACE_SIZE", "1") == "1":

@@ -79,11 +79,32 @@ def test_validate_prints_its_numbers_whatever_rank_the_shell_names(
     assert " AP50 " in ran.out
 
 
-def test_two_ranks_of_an_allocation_without_srun_are_launched_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave(SLURM | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, monkeypatch)
+@pytest.mark.parametrize(
+    "variables",
+    [
+        SLURM | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"},
+        {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"},
+        {"MASTER_ADDR": "127.0.0.1", "RANK": "1", "LOCAL_RANK": "1"},
+    ],
+)
+def test_two_ranks_without_a_launcher_are_launched_here(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(variables, monkeypatch)
     forget_stale_launchers()
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
-    assert not trainer.strategy.cluster_environment.creates_processes_externally  # type: ignore[attr-defined]
+    environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+    assert not environment.creates_processes_externally
+    assert environment.local_rank() == 0
+
+
+def test_nodes_may_be_started_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave({"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}, monkeypatch)
+    forget_stale_launchers()
+    trainer = Trainer(
+        accelerator="cpu", devices=2, num_nodes=2, strategy="ddp", logger=False, enable_checkpointing=False
+    )
+    assert trainer.node_rank == 1
 
 
 @pytest.mark.parametrize(
