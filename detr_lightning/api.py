@@ -134,10 +134,11 @@ def extract(
 
 
 def _check_names(data: Mapping[str, Any], writer: Mapping[str, Any]) -> None:
-    own = inspect.signature(extract).parameters
+    own = [name for name in inspect.signature(extract).parameters if name != "data"]
+    of_data = [name for name in inspect.signature(COCODataModule).parameters if name != "image_dir"]
     of_writer = [name for name in inspect.signature(EmbeddingWriter).parameters if name not in own]
     for given, place, allowed in (
-        (data, "extract", [*inspect.signature(COCODataModule).parameters, *own]),
+        (data, "extract", [*of_data, *own]),
         (writer, "writer", of_writer),
     ):
         for name in given:

@@ -123,6 +123,9 @@ def test_settings_reach_the_model_and_the_data(coco_folder: Coco, tiny_weights: 
         read(coco_folder.images, tiny_weights, batchsize=2)
     with pytest.raises(TypeError, match=r"'device'\. It has .*accelerator"):
         read(coco_folder.images, tiny_weights, device="cpu")
+    for name in ("image_dir", "data"):
+        with pytest.raises(TypeError, match=f"no setting '{name}'"):
+            read(coco_folder.images, tiny_weights, **{name: "photos"})
     with pytest.raises(ValueError, match=r"must be a list, such as \[query_embeddings\]"):
         read(coco_folder.images, tiny_weights, keys="query_embeddings")
 
@@ -392,7 +395,9 @@ def test_a_model_that_is_loaded_once(coco_folder: Coco, tiny_weights: Path, writ
         assert torch.allclose(store[1]["query_embeddings"], written[4]["query_embeddings"], atol=1e-5)
 
 
-def test_messages_speak_of_the_arguments_of_extract(coco_folder: Coco, tiny_weights: Path) -> None:
+def test_messages_speak_of_the_arguments_of_extract(
+    coco_folder: Coco, tiny_weights: Path, written: EmbeddingStore
+) -> None:
     for settings, said in (
         ({"dtype": "float8"}, "^dtype is 'float8'"),
         ({"batch_size": 0}, "^batch_size is 0"),
@@ -402,6 +407,11 @@ def test_messages_speak_of_the_arguments_of_extract(coco_folder: Coco, tiny_weig
     ):
         with pytest.raises(ValueError, match=said):
             read(coco_folder.images, tiny_weights, **settings)
+    with pytest.raises(ValueError, match=r"""output_dir s3://out is a URL, but writer=\{"layout": "files"\} needs"""):
+        read(coco_folder.images, tiny_weights, output_dir="s3://out")
+    pytest.importorskip("lance")
+    with pytest.raises(ValueError, match=r"""another output_dir for writer=\{"layout": "lance"\}, or turn"""):
+        read(coco_folder.images, tiny_weights, output_dir=written.folder, writer={"layout": "lance"})
     assert in_python("/photos/data.limit/model.pth: raise data.limit") == "/photos/data.limit/model.pth: raise limit"
     assert in_python("Store it with writer.dtype=float32.") == "Store it with dtype='float32'."
     assert in_python("Use writer.layout=lance.") == """Use writer={"layout": "lance"}."""

@@ -51,7 +51,7 @@ class TableLocation(ABC):
         if self.holds_files():
             raise InputError(
                 f"output_dir {self.output_dir} contains an extraction with one file per image, not a table. "
-                "Choose another output_dir for writer.layout lance, or turn it into a table: detr-lightning convert."
+                "Choose another output_dir for writer.layout=lance, or turn it into a table: detr-lightning convert."
             )
 
     @abstractmethod

@@ -61,7 +61,7 @@ class EmbeddingWriter(BasePredictionWriter):
         self.layout = check_choice("writer.layout", layout, LAYOUTS)
         if is_url(output_dir) and layout == FILES:
             raise SettingError(
-                f"output_dir {output_dir} is a URL, but writer.layout files needs a folder. Use writer.layout=lance."
+                f"output_dir {output_dir} is a URL, but writer.layout=files needs a folder. Use writer.layout=lance."
             )
         if commit_seconds <= 0:
             raise SettingError(f"writer.commit_seconds is {commit_seconds}, but must be more than 0.")

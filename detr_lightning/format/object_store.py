@@ -19,7 +19,7 @@ try:
     import pyarrow as pa
     from lance.file import LanceFileSession
 except ImportError as missing:
-    raise MissingPackageError("writer.layout lance needs Lance: pip install 'detr-lightning[lance]'.") from missing
+    raise MissingPackageError("writer.layout=lance needs Lance: pip install 'detr-lightning[lance]'.") from missing
 
 IMPORTED_BY = os.getpid()
 """The process that imported Lance, which has threads from then on: it does not survive a fork."""

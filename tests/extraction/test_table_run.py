@@ -178,7 +178,7 @@ def test_other_settings_layouts_and_tables_are_refused(run_cli: RunCLI, images: 
         "contains one table, not one file per image": ("--output_dir", table),
         "one file per image, not a table": (*TO_TABLE, "--output_dir", files),
         "another program's Lance dataset": (*TO_TABLE, "--output_dir", foreign),
-        "writer.layout files needs a folder": ("--output_dir", "s3://bucket/out"),
+        "writer.layout=files needs a folder": ("--output_dir", "s3://bucket/out"),
         "is not empty": (*TO_TABLE, "--output_dir", table, "--writer.if_exists", "error"),
     }.items():
         ran = run_cli("predict", *images.data, *arguments)
