@@ -88,7 +88,7 @@ def extract(
         BusyError: Another run is using `output_dir`.
     """
     with _messages_for_python():
-        _check_names(data, writer or {})
+        _check_names(data, writer, model)
         if writer and output_dir is None:
             raise SettingError(f"writer={writer} applies only to files on disk. Set output_dir, or leave out writer.")
         method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
@@ -133,19 +133,28 @@ def extract(
         return store
 
 
-def _check_names(data: Mapping[str, Any], writer: Mapping[str, Any]) -> None:
+def _check_names(data: Mapping[str, Any], writer: Any, model: Any) -> None:
     own = [name for name in inspect.signature(extract).parameters if name != "data"]
     of_data = [name for name in inspect.signature(COCODataModule).parameters if name != "image_dir"]
-    of_writer = [name for name in inspect.signature(EmbeddingWriter).parameters if name not in own]
+    of_writer, of_model = (
+        [name for name in inspect.signature(kind).parameters if name not in (*own, "plan_only")]
+        for kind in (EmbeddingWriter, DETRExtractor)
+    )
     for given, place, allowed in (
         (data, "extract", [*of_data, *own]),
-        (writer, "writer", of_writer),
+        (writer or {}, "writer", of_writer),
+        ({} if isinstance(model, DETRExtractor) else model or {}, "model", of_model),
     ):
+        if not isinstance(given, Mapping):
+            raise SettingTypeError(f"{place} is {given!r}, but must be a dict of settings: {', '.join(allowed)}.")
         for name in given:
             if name not in allowed:
                 hint = did_you_mean(name, allowed) or f" It has {', '.join(dict.fromkeys(allowed))}."
-                if name in of_writer:
-                    hint = f' Give it as writer={{"{name}": ...}}.'
+                if name in own:
+                    hint = " Give it to extract itself."
+                for group, names in (("writer", of_writer), ("model", of_model)):
+                    if name in names:
+                        hint = f' Give it as {group}={{"{name}": ...}}.'
                 raise SettingTypeError(f"{place} has no setting {name!r}.{hint}")
 
 

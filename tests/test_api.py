@@ -141,7 +141,7 @@ def test_ids_in_any_collection(coco_folder: Coco, tiny_weights: Path, image_ids:
 def test_unknown_ids_and_other_types(coco_folder: Coco, tiny_weights: Path, tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("4\n")
     assert list(read(coco_folder.images, tiny_weights, image_ids=tmp_path / "ids.txt")) == [4]
-    with pytest.raises(ValueError, match="image_ids names 1 ids that no image has: 99"):
+    with pytest.raises(ValueError, match="image_ids names 1 id that no image has: 99"):
         read(coco_folder.images, tiny_weights, image_ids=[np.int64(1), np.int64(99)])
     for image_ids, found in (([1.5], "float"), (1, "int"), ([None], "NoneType")):
         with pytest.raises(SettingTypeError, match=rf"^image_ids: .*{found}.* Give a list of ids and file names"):
@@ -167,7 +167,7 @@ def test_settings_of_the_writer(coco_folder: Coco, tiny_weights: Path, tmp_path:
     for message, writer in (
         (r'writer=\{"min_score": ...\} is 2', {"min_score": 2}),
         (r"'min_scor'\. Did you mean 'min_score'", {"min_scor": 0.5}),
-        (r"'dtype'\. It has threads, min_score", {"dtype": "float16"}),
+        (r"'dtype'\. Give it to extract itself", {"dtype": "float16"}),
         (r'writer=\{"min_score": ...\} was .*, now None', {}),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
@@ -291,6 +291,24 @@ def test_a_home_folder_is_found(
     store = extract("~/pictures", weights=tiny_weights, output_dir="~/out", limit=1, progress=False, **SMALL)
     assert store.folder == tmp_path / "out"
     assert list(read(["~/pictures/000000000001.jpg"], tiny_weights)) == [1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": {"nhead": 8}}, r"model has no setting 'nhead'\. Did you mean 'nheads'\?"),
+        ({"model": {"weights": "random"}}, r"model has no setting 'weights'\. Give it to extract itself\."),
+        ({"model": {"threads": 1}}, r"model has no setting 'threads'\. Give it as writer=\{\"threads\": \.\.\.\}\."),
+        ({"model": 3}, r"model is 3, but must be a dict of settings: nheads, "),
+        ({"nheads": 8}, r"extract has no setting 'nheads'\. Give it as model=\{\"nheads\": \.\.\.\}\."),
+        ({"writer": "lance"}, r"writer is 'lance', but must be a dict of settings: threads, "),
+    ],
+)
+def test_settings_that_do_not_exist(
+    coco_folder: Coco, tiny_weights: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingTypeError, match=message):
+        read(coco_folder.images, tiny_weights, **settings)
 
 
 def test_what_is_not_there(coco_folder: Coco, tiny_weights: Path, tmp_path: Path) -> None:
