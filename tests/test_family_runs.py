@@ -294,3 +294,17 @@ def test_values_that_overflow_are_refused_and_not_kept(
     validated = run_cli("validate", *asked, "--data.annotation_file", images / "instances.json")
     assert validated.code == 1
     assert "pred_logits has values that are not finite" in validated.err
+
+
+def test_annotations_give_no_names_to_unknown_categories(
+    run_cli: Any, reference: Any, images: Path, tmp_path: Path
+) -> None:
+    """Without names nobody knows which category a logit of another detector is."""
+    folder = reference.save(reference.build("rt_detr_v2"), tmp_path / "unnamed", {"height": 96, "width": 128})
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(number): f"LABEL_{number}" for number in range(len(config["id2label"]))}
+    (folder / "config.json").write_text(json.dumps(config))
+    command = ("predict", "--data.image_dir", images, "--data.annotation_file", images / "instances.json")
+    ran = run_cli(*command, "--model.weights", folder, "--output_dir", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert EmbeddingStore(tmp_path / "out").categories == {}

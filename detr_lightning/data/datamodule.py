@@ -155,6 +155,8 @@ class COCODataModule(LightningDataModule):
         if self.input.processor is not None:
             return {**self.input.to_json(), **exif}
         sides = {"short_side": self.input.short_side, "long_side": self.input.long_side}
+        if self.input.height is not None:
+            sides |= {"height": self.input.height, "width": self.input.width}
         return {**sides, "image_backend": self.hparams["image_backend"], **exif}
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -53,7 +53,7 @@ def provenance(trainer: Trainer, model: DETRExtractor, data: COCODataModule, wri
     return RunRecord(
         extract_type=model.hparams["extract_type"],
         settings=settings,
-        categories=checkpoint.category_names or data.categories,
+        categories=checkpoint.category_names or _names_by_index(data.categories, checkpoint.category_ids),
         versions={
             "detr-lightning": __version__,
             "python": platform.python_version(),
@@ -71,3 +71,9 @@ def provenance(trainer: Trainer, model: DETRExtractor, data: COCODataModule, wri
             },
         },
     )
+
+
+def _names_by_index(categories: Mapping[int, str], category_ids: Sequence[int] | None) -> dict[int, str]:
+    """Return the annotations' names by logit index, as far as the categories of the logits are known."""
+    ids = category_ids or ()
+    return {index: categories[number] for index, number in enumerate(ids) if number in categories}

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,14 @@ def load(
     # Copied, since the file may be memory-mapped, and replaced while the model is in use.
     tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in source.tensors.items()}
     model = _fill(source.name, architecture, tensors)
+    names = source.names
+    if folder is not None and names and max(names) >= architecture.num_logits:
+        raise InputError(
+            f"{source.name} names categories up to the number {max(names)}, but its weights "
+            f"have {architecture.num_logits} logits. Correct id2label in its config.json."
+        )
+    if names:
+        names = {index: name for index, name in names.items() if index < architecture.num_logits - 1}
     model.mean, model.std = source.preprocessing.mean, source.preprocessing.std
     return Checkpoint(
         model,
@@ -84,8 +92,8 @@ def load(
         source.sha256,
         ", ".join([notes, *source.remarks]),
         source.preprocessing,
-        source.names,
-        coco_ids(source.names, architecture.num_logits - 1),
+        names,
+        coco_ids(names, architecture.num_logits - 1),
     )
 
 
@@ -171,15 +179,24 @@ def _read_file(path: Path, averaged: bool | None) -> tuple[dict[str, Tensor], di
         raise InputError(f"{path} does not describe its model. Give the folder with its config.json instead.")
     content = read_pickled(path)
     tensors, remark = find_detr(str(path), content, averaged)
+    stated = _stated(content, ("hyper_parameters", "args"))
     known: dict[str, Any] = {}
-    for key in ("hyper_parameters", "args"):
-        stated = content.get(key)
-        if isinstance(stated, Namespace):
-            stated = vars(stated)
-        if isinstance(stated, dict):
-            known |= stated
-    types = {"nheads": int, "dilation": bool}
-    return tensors, {key: known[key] for key, kind in types.items() if isinstance(known.get(key), kind)}, remark
+    if type(stated.get("nheads")) is int:
+        known["nheads"] = stated["nheads"]
+    if stated.get("dilation") in (False, True):  # or 0 and 1, which are equal to them
+        known["dilation"] = bool(stated["dilation"])
+    return tensors, known, remark
+
+
+def _stated(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the settings that a checkpoint keeps under these names, or in groups within them."""
+    stated: dict[str, Any] = {}
+    for name in names:
+        group = content.get(name)
+        group = vars(group) if isinstance(group, Namespace) else group
+        if isinstance(group, dict):
+            stated |= _stated(group, ("model", "config", "args")) | group
+    return stated
 
 
 def _settled(

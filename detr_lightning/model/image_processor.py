@@ -14,6 +14,9 @@ from detr_lightning.format.preprocessing import Preprocessing
 from detr_lightning.model.transformers_package import import_transformers
 from detr_lightning.model.weight_files import first_line
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""The names of the file with an image processor's settings; in the second, they may be under `image_processor`."""
+
 
 class Processor:
     """A model's own image processor. It is sent to the data workers.
@@ -42,7 +45,7 @@ def load_processor(folder: Path, model_type: str) -> tuple[Processor, Preprocess
         InputError: The image processor cannot be read, or its settings are not supported.
     """
     transformers = import_transformers(model_type)
-    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         raise FileNotFoundError(
             f"{folder} has no preprocessor_config.json, which a {model_type} needs: it defines how images become the "
             "model's input. Save the model's image processor there (save_pretrained), or copy that file from the model "

@@ -15,6 +15,9 @@ CONTAINERS = ("model", "state_dict", "model_state_dict", "model_state", "network
 AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "ema_weights", "averaged_model")
 """Keys under which training scripts keep the model's weights, and their exponential moving average (EMA)."""
 
+COUNT_OF_AVERAGED = "n_averaged"
+"""A tensor that `torch.optim.swa_utils.AveragedModel` adds to those of the model."""
+
 OFFICIAL_MARK = "query_embed.weight"
 HUGGING_FACE_MARK = "query_position_embeddings.weight"
 """A tensor that every DETR has, in each of the two layouts. Anything before this name is a prefix."""
@@ -86,10 +89,12 @@ def _candidates(content: Mapping[Any, Any]) -> tuple[dict[str, dict[str, Tensor]
         own = {"the file": tensors}
     # One state_dict may hold both, as a LightningModule's does.
     for where, tensors in list(own.items()):
+        averages = tuple(f"{key}." for key in AVERAGED)
         for root in [*_roots(tensors, OFFICIAL_MARK), *_roots(tensors, HUGGING_FACE_MARK)]:
             if set(root.split(".")) & set(AVERAGED):
-                ema.setdefault(root.rstrip("."), _below(tensors, root.removesuffix("model.")))
-        averages = tuple(f"{key}." for key in AVERAGED)
+                prefix = root.removesuffix("model.")
+                ema.setdefault(root.rstrip("."), _below(tensors, prefix))
+                averages += (prefix,)
         own[where] = {name: tensor for name, tensor in tensors.items() if not name.startswith(averages)}
         if not own[where]:
             del own[where]
@@ -100,7 +105,8 @@ def _tensors(value: Any) -> dict[str, Tensor]:
     """Return the tensors of a state_dict, or of one nested in it."""
     if not isinstance(value, Mapping):
         return {}
-    found = {WRAPPERS.sub("", k): v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    named = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    found = {WRAPPERS.sub("", k): v for k, v in named.items() if k.rpartition(".")[2] != COUNT_OF_AVERAGED}
     inner = (value.get(key) for key in ("module", *CONTAINERS))
     return found or next((tensors for part in inner if (tensors := _tensors(part))), {})
 
@@ -116,7 +122,13 @@ def _official(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             f"{name} looks like {kind}: it has the tensor {_matching_name(tensors)}. "
             "Only a DETR is read from a .pth or .ckpt file; other detectors from a folder in transformers' layout."
         )
-    if roots := _roots(tensors, OFFICIAL_MARK):
+    roots = _roots(tensors, OFFICIAL_MARK)
+    if len(roots) > 1:
+        raise InputError(
+            f"{name} contains several DETRs, with the prefixes {', '.join(map(repr, roots))}. "
+            "Save the one to use in a file without the others."
+        )
+    if roots:
         return _below(tensors, roots[0])
     return from_hugging_face(tensors) if _roots(tensors, HUGGING_FACE_MARK) else tensors
 

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from coco_factory import Coco
 from torch import Tensor
 
+from detr_lightning import EmbeddingStore, extract
 from detr_lightning.errors import InputError, MissingPackageError
 from detr_lightning.format.preprocessing import Preprocessing
 from detr_lightning.model import checkpoints
@@ -161,6 +163,50 @@ class TestContainers:
         path = save({"state_dict": prefixed(halved(state), "model.") | prefixed(state, "ema_model.module.")})
         assert_same(checkpoints.load(path), halved(state))
         assert_same(checkpoints.load(path, ema=True), state)
+
+    @pytest.mark.parametrize(
+        ("own", "average"),
+        [("model.", "model.ema."), ("model.model.", "model.ema."), ("detr.model.", "detr.ema.")],
+    )
+    def test_averaged_weights_below_the_same_prefix(
+        self, state: State, save: Callable[..., str], own: str, average: str
+    ) -> None:
+        path = save({"state_dict": prefixed(halved(state), own) | prefixed(state, average)})
+        for ema in (None, False):
+            checkpoint = checkpoints.load(path, ema=ema)
+            assert_same(checkpoint, halved(state))
+            assert f"not the EMA weights in {average.rstrip('.')!r}" in checkpoint.notes
+        assert_same(checkpoints.load(path, ema=True), state)
+
+    def test_the_averaged_model_of_torch(self, state: State, save: Callable[..., str]) -> None:
+        model = DETR(TINY)
+        model.load_state_dict(state)
+        average = torch.optim.swa_utils.AveragedModel(model).state_dict()
+        for content in (average, {"model": average}):
+            assert_same(checkpoints.load(save(content)), state)
+        path = save({"model": halved(state), "model_ema": average})
+        assert_same(checkpoints.load(path), halved(state))
+        assert_same(checkpoints.load(path, ema=True), state)
+        lightning = prefixed(halved(state), "model.") | prefixed(average, "ema_model.")
+        assert_same(checkpoints.load(save({"state_dict": lightning}), ema=True), state)
+
+    def test_several_detrs_are_refused(self, state: State, save: Callable[..., str]) -> None:
+        path = save({"model": prefixed(state, "student.") | prefixed(halved(state), "teacher.")})
+        with pytest.raises(InputError, match=r"contains several DETRs, with the prefixes 'student.', 'teacher.'"):
+            checkpoints.load(path)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"hyper_parameters": {"args": Namespace(nheads=4, dilation=0)}},
+            {"hyper_parameters": {"model": {"nheads": 4, "dilation": False}, "lr": 1e-4}},
+            {"hyper_parameters": {"config": Namespace(model={"nheads": 4, "dilation": 0})}},
+        ],
+    )
+    def test_settings_in_a_group(self, state: State, save: Callable[..., str], settings: dict[str, Any]) -> None:
+        checkpoint = checkpoints.load(save({"state_dict": prefixed(state, "model."), **settings}))
+        assert checkpoint.model.architecture.nheads == 4
+        assert "not dilated (from its" in checkpoint.notes
 
     def test_averaged_weights_that_are_not_there(self, state: State, save: Callable[..., str]) -> None:
         with pytest.raises(ValueError, match=r"has no averaged \(EMA\) weights. Leave model.ema out"):
@@ -442,7 +488,10 @@ class TestHuggingFace:
             ({"resample": 3}, r"resample is 3"),
             ({"do_resize": False}, r"do_resize is False"),
             ({"image_std": [0.5, 0.5]}, r"both need three values"),
-            ({"image_std": None}, r"preprocessor_config.json: a value has the wrong type"),
+            ({"image_std": None, "size": None}, Preprocessing()),
+            ({"image_std": 1}, r"preprocessor_config.json: a value has the wrong type"),
+            ({"size": [96, 96]}, r"size is \[96, 96\], but must be height and width"),
+            ({"pad_size": {"height": 96, "width": 96}}, r"pad_size is .* but only None is supported"),
             ([], r"preprocessor_config.json contains a list"),
         ],
     )
@@ -453,6 +502,32 @@ class TestHuggingFace:
         else:
             with pytest.raises(ValueError, match=expected):
                 checkpoints.load(str(folder))
+
+    def test_a_processor_config_is_read_too(self, folder: Path) -> None:
+        settings = {"image_processor": {"size": {"height": 96, "width": 64}}, "processor_class": "DetrProcessor"}
+        (folder / "processor_config.json").write_text(json.dumps(settings))
+        assert checkpoints.load(str(folder)).preprocessing == Preprocessing(None, None, 96, 64)
+
+    def test_another_fixed_size_is_refused(self, folder: Path, coco_folder: Coco, tmp_path: Path) -> None:
+        def run(height: int, width: int) -> EmbeddingStore:
+            config = {"size": {"height": height, "width": width}}
+            (folder / "preprocessor_config.json").write_text(json.dumps(config))
+            return extract(coco_folder.images, weights=folder, output_dir=tmp_path / "out", progress=False)
+
+        preprocessing = run(96, 64).metadata["preprocessing"]
+        assert (preprocessing["height"], preprocessing["width"]) == (96, 64)
+        with pytest.raises(InputError, match=r"height was 96, now 64; .*width was 64, now 96"):
+            run(64, 96)
+
+    def test_more_names_than_logits(self, folder: Path) -> None:
+        logits = checkpoints.load(str(folder)).model.architecture.num_logits
+        names = {str(number): f"kind {number}" for number in range(logits)}
+        found = checkpoints.load(change(folder, id2label=names))
+        assert found.category_names is not None
+        assert max(found.category_names) == logits - 2  # The last logit is "no object".
+        names[str(logits)] = "one too many"
+        with pytest.raises(InputError, match=rf"names categories up to the number {logits}, .* have {logits} logits"):
+            checkpoints.load(change(folder, id2label=names))
 
     def test_folders_that_are_something_else(self, folder: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"has no config.json.* Its subfolder my-detr has one"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detr_lightning.errors import InputError, MissingPackageError
 from detr_lightning.format.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from detr_lightning.model.image_processor import sides_of
+from detr_lightning.model.image_processor import PROCESSOR_FILES, sides_of
 from detr_lightning.model.labels import names_of_config
 from detr_lightning.model.state_dicts import from_hugging_face
 from detr_lightning.model.weight_files import first_line, read_pickled
@@ -51,7 +51,7 @@ def from_hub(hub_id: str) -> Path:
     folder = Path()
     try:
         for weights in (["model*.safetensors", WEIGHT_FILES[1]], ["pytorch_model*.bin", WEIGHT_FILES[3]]):
-            patterns = ["config.json", "preprocessor_config.json", *weights]
+            patterns = ["config.json", *PROCESSOR_FILES, *weights]
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
             if any((folder / file).is_file() for file in WEIGHT_FILES):
                 break
@@ -134,10 +134,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _preprocessing(folder: Path) -> Preprocessing:
     """Return a folder's sides, mean and std. Everything else follows the official preprocessing."""
-    file = folder / "preprocessor_config.json"
-    if not file.is_file():
+    file = next((folder / name for name in PROCESSOR_FILES if (folder / name).is_file()), None)
+    if file is None:
         return Preprocessing()
     config = _read_json(file)
+    config = config.get("image_processor", config)
     try:
         return _sides_and_colours(config)
     except TypeError as error:
@@ -152,7 +153,10 @@ def _sides_and_colours(config: dict[str, Any]) -> Preprocessing:
         raise InputError(f"rescale_factor is {config['rescale_factor']}, but only 1/255 is supported.")
     if config.get("resample", 2) != 2:
         raise InputError(f"resample is {config['resample']}, but only 2 (bilinear) is supported.")
-    size = config.get("size", {"shortest_edge": 800, "longest_edge": 1333})
+    _require(config, pad_size=None)
+    size = config.get("size") or {"shortest_edge": 800, "longest_edge": 1333}
+    if not isinstance(size, int | dict):
+        raise InputError(f"size is {size!r}, but must be height and width, or shortest_edge with longest_edge.")
     if isinstance(size, int):
         size = {"shortest_edge": size, "longest_edge": config.get("max_size", 1333)}
     if "shortest_edge" in size and not size.get("longest_edge"):
@@ -161,7 +165,7 @@ def _sides_and_colours(config: dict[str, Any]) -> Preprocessing:
     if not config.get("do_normalize", True):
         return Preprocessing(**sides, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     mean, std = (
-        tuple(float(value) for value in config.get(name, default))
+        tuple(float(value) for value in config.get(name) or default)
         for name, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
     )
     if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
