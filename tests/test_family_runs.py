@@ -308,3 +308,20 @@ def test_annotations_give_no_names_to_unknown_categories(
     ran = run_cli(*command, "--model.weights", folder, "--output_dir", tmp_path / "out")
     assert ran.code == 0, ran.err
     assert EmbeddingStore(tmp_path / "out").categories == {}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"resample": 3}, {"do_center_crop": True, "crop_size": {"height": 64, "width": 64}}], ids=str
+)
+def test_other_settings_of_the_processor_are_refused(
+    run_cli: Any, folders: dict[str, Path], images: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(folders["rt_detr_v2"], tmp_path / "model"))
+    command = ("predict", "--data.image_dir", images, "--model.weights", folder, "--output_dir", tmp_path / "out")
+    assert run_cli(*command, "--data.limit", "1").code == 0
+    assert "others" not in EmbeddingStore(tmp_path / "out").metadata["preprocessing"]
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    ran = run_cli(*command)
+    assert ran.code == 1
+    assert "data.others was None, now {" in ran.err

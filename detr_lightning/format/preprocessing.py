@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class Preprocessing:
         processor: The class of transformers' image processor that makes the pixels; None for DETR, whose pixels this
             package makes itself.
         backend: The library with which that processor resizes, `torchvision` or `pil`.
+        others: The other settings of that processor that change pixels, if there are any.
     """
 
     short_side: int | None = 800
@@ -45,6 +47,7 @@ class Preprocessing:
     antialias: bool = True
     processor: str | None = None
     backend: str | None = None
+    others: Mapping[str, Any] | None = None
 
     def input_size(self, size: Size) -> Size:
         """Return the height and width to which an image of this height and width is resized.

@@ -14,6 +14,9 @@ from detr_lightning.format.preprocessing import Preprocessing
 from detr_lightning.model.transformers_package import import_transformers
 from detr_lightning.model.weight_files import first_line
 
+BILINEAR = 2
+"""Pillow's number of the usual way to resize."""
+
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """The names of the file with an image processor's settings; in the second, they may be under `image_processor`."""
 
@@ -84,7 +87,20 @@ def _described(processor: Any) -> Preprocessing:
         antialias=not first,
         processor=name,
         backend="pil" if name.endswith("Pil") else "torchvision",
+        others=_others(processor) or None,
     )
+
+
+def _others(processor: Any) -> dict[str, Any]:
+    """Return the settings of an image processor that change pixels, besides those that `Preprocessing` has by name."""
+    found: dict[str, Any] = {}
+    if (resample := getattr(processor, "resample", None)) not in (None, BILINEAR):
+        found["resample"] = int(resample)
+    if getattr(processor, "do_center_crop", None):
+        found["crop_size"] = {name: side for name, side in dict(processor.crop_size).items() if side is not None}
+    if divisor := getattr(processor, "size_divisor", None):
+        found["size_divisor"] = int(divisor)
+    return found
 
 
 def sides_of(size: Mapping[str, Any]) -> dict[str, Any]:
