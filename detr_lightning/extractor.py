@@ -98,6 +98,11 @@ class DETRExtractor(LightningModule):
         names = self.checkpoint.category_names or {}
         return {index if ids is None else ids[index]: name for index, name in names.items()}
 
+    @property
+    def _data(self) -> COCODataModule:
+        data: COCODataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data
+
     def setup(self, stage: str | None = None) -> None:
         """Build the network that runs, before Lightning moves it to its device and precision."""
         self._build(None)
@@ -198,7 +203,7 @@ class DETRExtractor(LightningModule):
             SettingError: The model has no logit for a category of the annotations.
             InputError: Not a single category has the same name in the annotations and the checkpoint.
         """
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self._data
         self.results, self.validated, self.skipped = [], [], []
         self._sizes = {record.image_id: record.size for record in data.records}
         highest = self.detr.architecture.num_logits - 1 - (self.checkpoint.scoring == "softmax")
@@ -244,7 +249,7 @@ class DETRExtractor(LightningModule):
         Raises:
             IncompleteError: An image was neither validated nor skipped, or all were skipped.
         """
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self._data
         shares = gather(self.trainer, (self.results, self.validated, self.skipped))
         results, self.validated, self.skipped = (
             [one for part in parts for one in part] for parts in zip(*shares, strict=True)

@@ -149,7 +149,7 @@ def test_unknown_ids_and_other_types(coco_folder: Coco, tiny_weights: Path, tmp_
 
 
 def test_weights_may_be_a_path(coco_folder: Coco, tiny_weights: Path, tmp_path: Path) -> None:
-    model = DETRExtractor(tiny_weights, keys=["pred_boxes"])  # type: ignore[arg-type]
+    model = DETRExtractor(tiny_weights, keys=["pred_boxes"])
     store = extract(coco_folder.images, model=model, output_dir=tmp_path / "out", limit=1, progress=False, **SMALL)
     assert store.metadata["config"]["model"]["weights"] == str(tiny_weights)
 

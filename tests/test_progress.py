@@ -24,16 +24,16 @@ def run(width: int, images: int, world_size: int = 1, fail: bool = False) -> str
     loader = SimpleNamespace(dataset=SimpleNamespace(num_images=40))
     trainer: Any = SimpleNamespace(world_size=world_size, predict_dataloaders=loader, callbacks=[])
     progress, module = ImageProgress(console), Any
-    progress.on_predict_start(trainer, module)  # type: ignore[arg-type]
+    progress.on_predict_start(trainer, module)
     for image in range(images):
         # One of the images cannot be read: the bar counts it too.
         batch = {"image_id": [image] if image else [], "failed": [] if image else [(0, "broken")]}
-        progress.on_predict_batch_end(trainer, module, None, batch, image)  # type: ignore[arg-type]
+        progress.on_predict_batch_end(trainer, module, None, batch, image)
     if fail:
-        progress.on_exception(trainer, module, KeyboardInterrupt())  # type: ignore[arg-type]
+        progress.on_exception(trainer, module, KeyboardInterrupt())
     else:
-        progress.on_predict_end(trainer, module)  # type: ignore[arg-type]
-    output = console.file.getvalue()  # type: ignore[attr-defined]
+        progress.on_predict_end(trainer, module)
+    output = console.file.getvalue()
     return re.sub(r"\x1b\[\??\d*[A-Za-z]", "", output).replace("\r", "\n")
 
 

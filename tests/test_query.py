@@ -121,7 +121,7 @@ def test_the_weights_are_those_of_the_extraction(store: EmbeddingStore, tmp_path
     path = image_of(store, store.image_ids[0])
     with pytest.raises(ValueError, match=r"tiny\.pth contains other weights.* Set --weights"):
         query_objects(store, path, weights=tiny_weights)
-    weights = store.folder.parent / "weights.pth"  # type: ignore[union-attr]
+    weights = store.folder.parent / "weights.pth"
     weights.rename(tmp_path / "moved.pth")
     try:
         with pytest.raises(FileNotFoundError, match="Set --weights"):
@@ -146,7 +146,7 @@ def test_the_command(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> 
     with Image.open(tmp_path / "new" / "sheet.png") as sheet:
         assert np.asarray(sheet.convert("RGB")).std() > 5
     # The table stays, beside the folder, and serves the next search.
-    table = store.folder.with_name("out.objects.parquet")  # type: ignore[union-attr]
+    table = store.folder.with_name("out.objects.parquet")
     made = table.stat().st_mtime_ns
     box = ",".join(str(round(number)) for number in own.bbox[0])
     assert main([*argv, "--box", box]) == 0
@@ -168,7 +168,7 @@ def test_the_command_replaces_no_file_unasked(store: EmbeddingStore, tmp_path: P
 
     assert "photo.jpg already exists. Choose another name, or give --overwrite" in refused("--sheet", photo)
     assert photo.read_bytes() == content
-    inside = store.folder / "found.png"  # type: ignore[operator]
+    inside = store.folder / "found.png"
     assert "lies in the extraction's own folder" in refused("--sheet", inside, "--overwrite")
     assert "lies in the extraction's own folder" in refused("--table", inside.with_suffix(".parquet"))
     assert "typo.txt does not end in .parquet" in refused("--table", tmp_path / "typo.txt")
@@ -178,7 +178,7 @@ def test_the_command_replaces_no_file_unasked(store: EmbeddingStore, tmp_path: P
 
 
 def test_a_table_that_the_user_wrote_is_not_replaced(store: EmbeddingStore, capsys: Capture) -> None:
-    table = store.folder.with_name("out.objects.parquet")  # type: ignore[union-attr]
+    table = store.folder.with_name("out.objects.parquet")
     table.unlink(missing_ok=True)
     argv = ["search", str(store.folder), "--image", str(image_of(store, store.image_ids[1])), "-k", "1"]
     write = ["objects", str(store.folder), "--output", str(table), "--annotations", str(DEMO / "instances_demo.json")]
@@ -214,7 +214,7 @@ def test_search_and_explore_share_a_table(store: EmbeddingStore) -> None:
 def test_a_table_of_another_extraction(store: EmbeddingStore, tmp_path: Path, capsys: Capture) -> None:
     table = tmp_path / "objects.parquet"
     other = tmp_path / "other"
-    shutil.copytree(store.folder, other)  # type: ignore[arg-type]
+    shutil.copytree(store.folder, other)
     assert main(["objects", str(other), "--output", str(table)]) == 0
     argv = ["search", str(store.folder), "--image", "x.jpg", "--table", str(table)]
     assert main(argv) == 1

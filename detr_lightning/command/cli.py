@@ -120,7 +120,7 @@ class DETRCLI(LightningCLI):
         except (TypeError, ValueError, RuntimeError, ImportError) as error:
             raise CommandError(f"trainer: {error}") from error
         # Lightning read the rank from the environment, which may be left over from another job.
-        setattr(rank_zero_only, "rank", trainer.global_rank)  # noqa: B010, mypy rejects an assignment
+        vars(rank_zero_only)["rank"] = trainer.global_rank
         return trainer
 
     @property

@@ -102,8 +102,8 @@ def read_image(
             pixels = _torchvision_pixels(source, image, size)
             if pixels is not None:
                 return pixels, orientation
-        image = upright(image, exif)  # noqa: PLW2901
-        return (to_pixels(image, size) if processor is None else processor(rgb(image), size)), orientation
+        seen = upright(image, exif)
+        return (to_pixels(seen, size) if processor is None else processor(rgb(seen), size)), orientation
 
 
 def read_rgb(source: ImageFile, exif: str = "ignore", max_pixels: int | None = None) -> Image.Image:

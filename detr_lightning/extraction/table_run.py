@@ -129,8 +129,9 @@ class TableRun(PlannedRun):
         overwrite = self.if_exists == "overwrite"
         if not new and not overwrite and found.version != self._previous.version:
             self.inspect()  # Another run has begun since.
+        start_over = overwrite or (not new and not self.finished and self._is_for_others(found))
         self._location.remove_metadata()
-        if overwrite or (not new and not self.finished and self._is_for_others(found)):
+        if start_over:
             found.empty(self._schema)
         tried_again = self.images.keys() | self.failures.keys()
         found.delete([row for entry, row in found.entries(skipped=True) if entry.image_id in tried_again])

@@ -183,19 +183,19 @@ def _read_file(path: Path, averaged: bool | None) -> tuple[dict[str, Tensor], di
     known: dict[str, Any] = {}
     if type(stated.get("nheads")) is int:
         known["nheads"] = stated["nheads"]
-    if stated.get("dilation") in (False, True):  # or 0 and 1, which are equal to them
-        known["dilation"] = bool(stated["dilation"])
+    if isinstance(dilation := stated.get("dilation"), int) and dilation in (0, 1):  # or a bool, which is an int
+        known["dilation"] = bool(dilation)
     return tensors, known, remark
 
 
-def _stated(content: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return the settings that a checkpoint keeps under these names, or in groups within them."""
+def _stated(content: Mapping[str, Any], names: Iterable[str], depth: int = 3) -> dict[str, Any]:
+    """Return the settings that a checkpoint keeps under these names, or in groups within them, `depth` levels deep."""
     stated: dict[str, Any] = {}
     for name in names:
         group = content.get(name)
         group = vars(group) if isinstance(group, Namespace) else group
-        if isinstance(group, dict):
-            stated |= _stated(group, ("model", "config", "args")) | group
+        if isinstance(group, dict) and depth:
+            stated |= _stated(group, ("model", "config", "args"), depth - 1) | group
     return stated
 
 

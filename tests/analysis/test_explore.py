@@ -137,7 +137,7 @@ def test_a_lance_table_has_thumbnails_too(
 @needs_atlas
 def test_a_page_is_exported(tmp_path: Path, capsys: Capture) -> None:
     store = make_store(tmp_path / "store", annotations_of(20))
-    edit_metadata(store.folder, config=None)  # type: ignore[arg-type]
+    edit_metadata(store.folder, config=None)
     page = tmp_path / "page"
     assert main(["explore", str(store.folder), "--export", str(page)]) == 0
     assert "No thumbnails" in capsys.readouterr().out

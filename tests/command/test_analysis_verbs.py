@@ -80,11 +80,11 @@ def test_evaluate_replaces_no_file_unasked(
     store: EmbeddingStore, annotations: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     argv = ["evaluate", str(store.folder), "--annotations", str(annotations), "--output"]
-    metadata = (store.folder / "metadata.json").read_bytes()  # type: ignore[operator]
+    metadata = (store.folder / "metadata.json").read_bytes()
     for name in ("metadata.json", "metrics.json"):
-        assert main([*argv, str(store.folder / name), "--overwrite"]) == 1  # type: ignore[operator]
+        assert main([*argv, str(store.folder / name), "--overwrite"]) == 1
         assert "lies in the extraction's own folder" in capsys.readouterr().err
-    assert (store.folder / "metadata.json").read_bytes() == metadata  # type: ignore[operator]
+    assert (store.folder / "metadata.json").read_bytes() == metadata
     assert main([*argv, str(tmp_path / "metrics.json")]) == 0
     assert main([*argv, str(tmp_path / "metrics.json")]) == 1
     assert "metrics.json already exists. Choose another name, or give --overwrite" in capsys.readouterr().err

@@ -93,7 +93,7 @@ def test_two_ranks_without_a_launcher_are_launched_here(
     leave(variables, monkeypatch)
     forget_stale_launchers()
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
-    environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+    environment = trainer.strategy.cluster_environment
     assert not environment.creates_processes_externally
     assert environment.local_rank() == 0
 

@@ -314,9 +314,11 @@ def test_a_table_at_a_url_is_not_taken_from_a_run_with_other_settings(
     with monkeypatch.context() as patch:
         patch.setattr("detr_lightning.extraction.row_writer.RowWriter.add", full)
         assert run_cli(*command).code == 1
+    store_access.write_file(f"{bucket.url}/out", "metadata.json", b"{}")
     ran = run_cli(*command, "--writer.dtype", "float16")
     assert ran.code == 1
     assert "was begun with other settings" in ran.err
+    assert store_access.read_file(f"{bucket.url}/out", "metadata.json") == b"{}"  # A refused run changes nothing.
     assert "writer.dtype was float32, now float16" in ran.err
     assert run_cli(*command, "--writer.dtype", "float16", "--writer.if_exists", "overwrite").code == 0
     assert EmbeddingStore(f"{bucket.url}/out")[1]["decoder_output"].dtype is torch.float16

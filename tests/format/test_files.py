@@ -25,7 +25,7 @@ def test_names_and_ids() -> None:
 @pytest.mark.parametrize("image_id", [-1, 10**12, 1.0, "1", True, None])
 def test_ids_that_cannot_name_a_file(image_id: object) -> None:
     with pytest.raises(ValueError, match="cannot name a file"):
-        names.file_name(image_id)  # type: ignore[arg-type]
+        names.file_name(image_id)
 
 
 def test_tensors_come_back_and_own_exactly_their_storage(tmp_path: Path) -> None:

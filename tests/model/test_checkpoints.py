@@ -208,6 +208,12 @@ class TestContainers:
         assert checkpoint.model.architecture.nheads == 4
         assert "not dilated (from its" in checkpoint.notes
 
+    def test_settings_that_contain_themselves(self, state: State, save: Callable[..., str]) -> None:
+        settings: dict[str, Any] = {"dilation": [0, 1]}
+        settings["args"] = settings
+        checkpoint = checkpoints.load(save({"model": state, "hyper_parameters": settings}), nheads=4)
+        assert "not dilated (the default: not stated in the file)" in checkpoint.notes
+
     def test_averaged_weights_that_are_not_there(self, state: State, save: Callable[..., str]) -> None:
         with pytest.raises(ValueError, match=r"has no averaged \(EMA\) weights. Leave model.ema out"):
             checkpoints.load(save({"model": state}), ema=True)

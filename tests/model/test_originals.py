@@ -140,7 +140,7 @@ def rt_detr_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         new = old
         for pattern, replacement in RT_DETR_NAMES.items():
-            new = re.sub(pattern, replacement, new)  # type: ignore[arg-type]
+            new = re.sub(pattern, replacement, new)
         if "in_proj_" in new:
             for part, name in zip(tensor.chunk(3), "qkv", strict=True):
                 renamed[new.replace("in_proj_", f"{name}_proj.")] = part

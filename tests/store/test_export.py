@@ -92,7 +92,7 @@ def test_an_export_that_fails_leaves_what_was_there(store: EmbeddingStore, tmp_p
     ]:
         (tmp_path / name).write_text("before")
         with pytest.raises(ValueError, match=r"cannot be stacked|No query of 4 images"):
-            export(store, tmp_path / name, format, **options)  # type: ignore[arg-type]
+            export(store, tmp_path / name, format, **options)
         assert (tmp_path / name).read_text() == "before"
     store.path(37).unlink()  # In the second block.
     for name in ("b.npy", "b.parquet"):

@@ -19,7 +19,7 @@ def test_unknown_ids_name_the_nearest(store: EmbeddingStore) -> None:
     assert torch.tensor(17) in store
     assert "17" not in store
     with pytest.raises(KeyError, match="'139' is not an image id"):
-        store["139"]  # type: ignore[index]
+        store["139"]
     with pytest.raises(KeyError, match="image 1000"):
         store.stack("query_embeddings", image_ids=[7, 1000])
 
