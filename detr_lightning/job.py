@@ -77,12 +77,11 @@ class Job:
     @restore_settings()
     def _plan(self) -> bool:
         self.data.use_model(self.model.checkpoint)
-        with restore_settings():
-            if self.writer is None:
-                self.data.find_images()
-                complete = False
-            else:
-                complete = self.writer.plan(self.trainer, self.model, self.data).complete
+        if self.writer is None:
+            self.data.find_images()
+            complete = False
+        else:
+            complete = self.writer.plan(self.trainer, self.model, self.data).complete
         self.model.warn_of_names(self.data)
         self.data.workers(self.trainer)  # raises if they do not fit into shared memory
         return complete

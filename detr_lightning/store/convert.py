@@ -18,6 +18,7 @@ from detr_lightning.format.keys import FeatureSizes
 from detr_lightning.format.names import METADATA, TABLE, TEMPORARY, image_id_of, is_url
 from detr_lightning.format.schema import LANCE, Metadata
 from detr_lightning.parallel import track
+from detr_lightning.store.export import check_outside
 from detr_lightning.store.store import EmbeddingStore
 
 _BYTES_AT_ONCE = 64 * 2**20
@@ -54,8 +55,8 @@ def convert(
     if to_files and is_url(target):
         raise SettingError(f"{target} is a URL, but one file per image needs a folder. Name a folder to convert into.")
     folder = None if is_url(target) else Path(target).expanduser()
-    if folder is not None and store.folder is not None and folder.resolve().is_relative_to(store.folder.resolve()):
-        raise SettingError(f"{folder} lies in {store.name}, which must contain nothing else. Name another folder.")
+    if folder is not None:
+        check_outside(store, folder)
     images = track(_images(store), len(store), "Converting", progress)
     with contextlib.nullcontext() if folder is None else _claimed(folder):
         if to_files:

@@ -105,15 +105,24 @@ def output_path(
         raise SettingError(f"{path} is a folder. Name a file to write.")
     if path.suffix != suffix:
         raise SettingError(f"{path} does not end in {suffix}. Name the file {path.with_suffix(suffix).name}.")
-    if store.folder is not None and path.resolve().is_relative_to(store.folder.resolve()):
-        raise SettingError(
-            f"{path} lies in the extraction's own folder, which must contain nothing else. Write elsewhere."
-        )
+    check_outside(store, path)
     for file in (path, path.with_suffix(beside)) if beside else (path,):
         if not overwrite and file.exists():
             raise FileExistsError(f"{file} already exists. Choose another name, or give --overwrite to replace it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def check_outside(store: EmbeddingStore, path: Path) -> None:
+    """Check that a path does not lie in a store's folder.
+
+    Raises:
+        SettingError: It does.
+    """
+    if store.folder is not None and path.resolve().is_relative_to(store.folder.resolve()):
+        raise SettingError(
+            f"{path} lies in the extraction's own folder, which must contain nothing else. Write elsewhere."
+        )
 
 
 def _blocks(
