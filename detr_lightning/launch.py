@@ -1,4 +1,4 @@
-"""How this process was started: by hand, by rank 0 of its node, or by a launcher such as torchrun or srun; how it ends.
+"""The start and end of this process: launchers such as torchrun or srun, signals, and a parent that dies.
 
 This module imports neither torch nor Lightning, which reads the environment on import.
 """

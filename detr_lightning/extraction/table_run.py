@@ -129,7 +129,7 @@ class TableRun(PlannedRun):
         overwrite = self.if_exists == "overwrite"
         if not new and not overwrite and found.version != self._previous.version:
             self.inspect()  # Another run has begun since.
-        start_over = overwrite or (not new and not self.finished and self._is_for_others(found))
+        start_over = overwrite or (not new and not self.finished and self._has_other_settings(found))
         self._location.remove_metadata()
         if start_over:
             found.empty(self._schema)
@@ -141,7 +141,7 @@ class TableRun(PlannedRun):
         begun = datetime.now(timezone.utc).isoformat()
         found.configure({_RUN + self.token: begun, PLANNED: str(num_planned)})
 
-    def _is_for_others(self, found: Table) -> bool:
+    def _has_other_settings(self, found: Table) -> bool:
         """Return whether a table without images was made by a run with other settings.
 
         Raises:
